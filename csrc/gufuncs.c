@@ -1,0 +1,237 @@
+/* Door 1: the gufuncs, their loops and the one table that registers them.
+ *
+ * A loop describes its rows as a nest of one axis and hands it to the driver.
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ */
+#include "numpy_api.h"
+
+#include <fenv.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
+#include "dispatch.h"
+#include "tasks.h"
+
+/* What a loop is told by its registration: the kernel's place in the table. */
+typedef struct {
+    int layout, type;
+} rope_variant;
+
+static rope_variant half_f32 = {LAYOUT_HALF, REAL_F32};
+static rope_variant half_f64 = {LAYOUT_HALF, REAL_F64};
+static rope_variant interleaved_f32 = {LAYOUT_INTERLEAVED, REAL_F32};
+static rope_variant interleaved_f64 = {LAYOUT_INTERLEAVED, REAL_F64};
+
+typedef struct {
+    int inv_freq_type, out_type;
+} table_variant;
+
+static table_variant table_f32 = {REAL_F32, REAL_F32};
+static table_variant table_f64 = {REAL_F64, REAL_F64};
+static table_variant table_f64_f32 = {REAL_F64, REAL_F32};
+
+/* posenc never warns: NumPy would report the flags of this thread alone, so the
+ * outcome would depend on which thread ran which row. */
+static void
+clear_floating_point_flags(void)
+{
+#ifdef __SSE__
+    _mm_setcsr(_mm_getcsr() & ~(unsigned)_MM_EXCEPT_MASK);
+#else
+    feclearexcept(FE_ALL_EXCEPT);
+#endif
+}
+
+/* One axis of n rows whose operands have the given steps, run as a nest. */
+static void
+run_rows(nest_strip *strip, void *task, size_t row_size, npy_intp n,
+         char *const base[NEST_N_OPERAND], const ptrdiff_t step[NEST_N_OPERAND])
+{
+    nest_job job = {.strip = strip, .task = task, .row_size = row_size};
+    nest_begin(&job.loops, base);
+    nest_add_axis(&job.loops, (size_t)n, step);
+    nest_run(&job, 1);
+    clear_floating_point_flags();
+}
+
+static rope_task
+rope_task_of(const rope_variant *variant, npy_intp head_dim, npy_intp n_pair)
+{
+    /* dask asks for the result's type with every core size 1: copy that one. */
+    npy_intp most = head_dim / 2;
+    return (rope_task){
+        .kernel = kernels->rope[variant->layout][variant->type],
+        .within = {.head_dim = (size_t)head_dim,
+                   .n_pair = (size_t)(n_pair < most ? n_pair : most)},
+    };
+}
+
+/* (n),(m),(m)->(n): x, cos, sin -> out */
+static void
+rope_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *data)
+{
+    npy_intp n_row = dimensions[0], n = dimensions[1], m = dimensions[2];
+    rope_task task = rope_task_of(data, n, m);
+    task.within.x_channel = steps[4];
+    task.within.cos_pair = steps[5];
+    task.within.sin_pair = steps[6];
+    task.within.out_channel = steps[7];
+    char *base[NEST_N_OPERAND] = {args[0], args[1], args[2], args[3]};
+    ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[2], steps[3]};
+    run_rows(rope_task_strip, &task, (size_t)n, n_row, base, step);
+}
+
+/* (n),(m)->(n): x, cis -> out; the table is complex */
+static void
+rope_complex_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                  void *data)
+{
+    const rope_variant *variant = data;
+    npy_intp n_row = dimensions[0], n = dimensions[1], m = dimensions[2];
+    ptrdiff_t real = variant->type == REAL_F32 ? sizeof(float) : sizeof(double);
+    rope_task task = rope_task_of(variant, n, m);
+    task.within.x_channel = steps[3];
+    task.within.cos_pair = task.within.sin_pair = steps[4];
+    task.within.out_channel = steps[5];
+    char *base[NEST_N_OPERAND] = {args[0], args[1], args[1] + real, args[2]};
+    ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[1], steps[2]};
+    run_rows(rope_task_strip, &task, (size_t)n, n_row, base, step);
+}
+
+/* (),(m)->(m),(m): position, inv_freq -> cos, sin */
+static void
+cos_sin_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *data)
+{
+    const table_variant *variant = data;
+    npy_intp n_row = dimensions[0], m = dimensions[1];
+    cos_sin_strip task = {
+        .n_pair = (size_t)m,
+        .factor = 1.0,
+        .inv_freq_type = variant->inv_freq_type,
+        .out_type = variant->out_type,
+        .inv_freq_pair = steps[4],
+        .cos_pair = steps[5],
+        .sin_pair = steps[6],
+    };
+    char *base[NEST_N_OPERAND] = {args[0], args[1], args[2], args[3]};
+    ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[2], steps[3]};
+    run_rows(table_task_strip, &task, (size_t)m, n_row, base, step);
+}
+
+/* The rows must be wide enough for the table; 1 and 1 is dask's question. */
+static int
+check_width(const char *name, const npy_intp *core)
+{
+    npy_intp n = core[0], m = core[1];
+    if (2 * m <= n || (n == 1 && m == 1)) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError,
+                 "%s: cos and sin must hold at most head_dim // 2 angles; got %zd "
+                 "angles for head_dim %zd",
+                 name, (Py_ssize_t)m, (Py_ssize_t)n);
+    return -1;
+}
+
+static int
+check_rope(PyUFuncObject *ufunc, npy_intp *core)
+{
+    return check_width(ufunc->name, core);
+}
+
+enum { MAX_LOOP = 4, MAX_ARGUMENT = 4 };
+
+typedef struct {
+    const char *name, *signature, *doc;
+    int nin, nout, n_loop;
+    PyUFunc_ProcessCoreDimsFunc *check;
+    PyUFuncGenericFunction loop[MAX_LOOP];
+    void *data[MAX_LOOP];
+    char types[MAX_LOOP * MAX_ARGUMENT];
+} gufunc_entry;
+
+/* NumPy keeps pointers into this table: it must live as long as the process.
+ * Exact types win whatever the order; for the others the first loop that they
+ * can safely be cast to does. */
+static gufunc_entry gufuncs[] = {
+    {
+        .name = "rope_half",
+        .signature = "(n),(m),(m)->(n)",
+        .doc = "Rotate the channel pairs (i, i + m) of x by the angles of cos and sin.",
+        .nin = 3,
+        .nout = 1,
+        .n_loop = 2,
+        .check = check_rope,
+        .loop = {rope_loop, rope_loop},
+        .data = {&half_f32, &half_f64},
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,      //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE},
+    },
+    {
+        .name = "rope_interleaved",
+        .signature = "(n),(m),(m)->(n)",
+        .doc = "Rotate the channel pairs (2i, 2i + 1) of x by the angles of cos and sin.",
+        .nin = 3,
+        .nout = 1,
+        .n_loop = 2,
+        .check = check_rope,
+        .loop = {rope_loop, rope_loop},
+        .data = {&interleaved_f32, &interleaved_f64},
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,      //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE},
+    },
+    {
+        .name = "rope_complex",
+        .signature = "(n),(m)->(n)",
+        .doc = "Multiply the channel pairs (2i, 2i + 1) of x by a complex table.",
+        .nin = 2,
+        .nout = 1,
+        .n_loop = 2,
+        .check = check_rope,
+        .loop = {rope_complex_loop, rope_complex_loop},
+        .data = {&interleaved_f32, &interleaved_f64},
+        .types = {NPY_FLOAT, NPY_CFLOAT, NPY_FLOAT,  //
+                  NPY_DOUBLE, NPY_CDOUBLE, NPY_DOUBLE},
+    },
+    {
+        .name = "cos_sin",
+        .signature = "(),(m)->(m),(m)",
+        .doc = "Cosine and sine of position * inv_freq, the product taken as exact.",
+        .nin = 2,
+        .nout = 2,
+        .n_loop = 3,
+        .loop = {cos_sin_loop, cos_sin_loop, cos_sin_loop},
+        .data = {&table_f32, &table_f64, &table_f64_f32},
+        .types = {NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,     //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE,  //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT},
+    },
+};
+
+static int
+add_gufunc(PyObject *module, gufunc_entry *entry)
+{
+    PyObject *ufunc = PyUFunc_FromFuncAndDataAndSignature(
+        entry->loop, entry->data, entry->types, entry->n_loop, entry->nin, entry->nout,
+        PyUFunc_None, entry->name, entry->doc, 0, entry->signature);
+    if (ufunc == NULL) {
+        return -1;
+    }
+    ((PyUFuncObject *)ufunc)->process_core_dims_func = entry->check;
+    int status = PyModule_AddObjectRef(module, entry->name, ufunc);
+    Py_DECREF(ufunc);
+    return status;
+}
+
+int
+add_gufuncs(PyObject *module)
+{
+    for (size_t i = 0; i < sizeof(gufuncs) / sizeof(gufuncs[0]); i++) {
+        if (add_gufunc(module, &gufuncs[i]) < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,12 @@
+/* The kernels for what every processor of the architecture has.
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ */
+#include "isa.h"
+
+#define SIMD_NAME "baseline"
+#define WIDE_BYTES 16
+#define WIDE_LANES_F32 4
+#define WIDE_LANES_F64 2
+#define KERNEL_TABLE kernels_baseline
+#include "kernels.inc"

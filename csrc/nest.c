@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+#include "nest.h"
+
+#include <stdbool.h>
+#include <string.h>
+
+#include "parallel.h"
+
+/* Elements per thread below which a thread costs more than it brings. */
+#define MIN_PART_SIZE 32768
+
+enum { LAST = NEST_N_OPERAND - 1 };
+
+void
+nest_begin(nest *loops, char *const base[NEST_N_OPERAND])
+{
+    loops->n_axis = 0;
+    memcpy(loops->base, base, sizeof(loops->base));
+}
+
+static void
+set_axis(nest *loops, int axis, size_t size, const ptrdiff_t step[NEST_N_OPERAND])
+{
+    loops->size[axis] = size;
+    memmove(loops->step[axis], step, sizeof(loops->step[axis]));
+}
+
+void
+nest_add_axis(nest *loops, size_t size, const ptrdiff_t step[NEST_N_OPERAND])
+{
+    if (size != 1) {
+        set_axis(loops, loops->n_axis++, size, step);
+    }
+}
+
+static bool
+stands_still(const ptrdiff_t step[NEST_N_OPERAND], unsigned operands)
+{
+    for (int i = 0; i < NEST_N_OPERAND; i++) {
+        if ((operands >> i & 1) && step[i] != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* True if axis a belongs outside axis b. */
+static bool
+goes_outside(const nest *loops, int a, int b, unsigned held)
+{
+    bool a_held = stands_still(loops->step[a], held);
+    bool b_held = stands_still(loops->step[b], held);
+    if (a_held != b_held) {
+        return b_held;
+    }
+    ptrdiff_t a_step = loops->step[a][LAST], b_step = loops->step[b][LAST];
+    return (a_step < 0 ? -a_step : a_step) > (b_step < 0 ? -b_step : b_step);
+}
+
+static void
+swap_axes(nest *loops, int a, int b)
+{
+    size_t size = loops->size[a];
+    ptrdiff_t step[NEST_N_OPERAND];
+    memcpy(step, loops->step[a], sizeof(step));
+    set_axis(loops, a, loops->size[b], loops->step[b]);
+    set_axis(loops, b, size, step);
+}
+
+/* True if the axis after `axis` run to its end is one step of `axis`. */
+static bool
+continues(const nest *loops, int axis)
+{
+    for (int i = 0; i < NEST_N_OPERAND; i++) {
+        ptrdiff_t inner = loops->step[axis + 1][i] * (ptrdiff_t)loops->size[axis + 1];
+        if (loops->step[axis][i] != inner) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void
+merge_axes(nest *loops)
+{
+    int kept = 0;
+    for (int axis = 1; axis < loops->n_axis; axis++) {
+        set_axis(loops, kept + 1, loops->size[axis], loops->step[axis]);
+        if (continues(loops, kept)) {
+            size_t size = loops->size[kept] * loops->size[kept + 1];
+            set_axis(loops, kept, size, loops->step[kept + 1]);
+        } else {
+            kept++;
+        }
+    }
+    loops->n_axis = loops->n_axis > 0 ? kept + 1 : 0;
+}
+
+void
+nest_arrange(nest *loops, unsigned held)
+{
+    for (int last = 1; last < loops->n_axis; last++) {
+        for (int a = last; a > 0 && goes_outside(loops, a, a - 1, held); a--) {
+            swap_axes(loops, a, a - 1);
+        }
+    }
+    merge_axes(loops);
+}
+
+static size_t
+n_row(const nest *loops)
+{
+    size_t total = 1;
+    for (int axis = 0; axis < loops->n_axis; axis++) {
+        total *= loops->size[axis];
+    }
+    return total;
+}
+
+/* Rows [begin, end) of a job, strip by strip along the innermost axis. */
+static void
+run_rows(const nest_job *job, size_t begin, size_t end)
+{
+    static const ptrdiff_t no_step[NEST_N_OPERAND];
+    const nest *loops = &job->loops;
+    int inner = loops->n_axis - 1;
+    size_t inner_size = inner >= 0 ? loops->size[inner] : 1;
+    const ptrdiff_t *inner_step = inner >= 0 ? loops->step[inner] : no_step;
+    size_t index[NEST_MAX_AXIS];
+    char *base[NEST_N_OPERAND];
+    memcpy(base, loops->base, sizeof(base));
+
+    size_t rest = begin;
+    for (int axis = inner; axis >= 0; axis--) {
+        index[axis] = rest % loops->size[axis];
+        rest /= loops->size[axis];
+        for (int i = 0; i < NEST_N_OPERAND; i++) {
+            base[i] += (ptrdiff_t)index[axis] * loops->step[axis][i];
+        }
+    }
+    while (begin < end) {
+        size_t start = inner >= 0 ? index[inner] : 0;
+        size_t count = inner_size - start;
+        count = count < end - begin ? count : end - begin;
+        job->strip(job->task, count, base, inner_step);
+        begin += count;
+        if (begin == end) {
+            return;
+        }
+        /* Back to the start of the innermost axis, then one step outside it. */
+        for (int i = 0; i < NEST_N_OPERAND; i++) {
+            base[i] -= (ptrdiff_t)start * inner_step[i];
+        }
+        index[inner] = 0;
+        for (int axis = inner - 1; axis >= 0; axis--) {
+            bool wraps = ++index[axis] == loops->size[axis];
+            ptrdiff_t move = wraps ? 1 - (ptrdiff_t)loops->size[axis] : 1;
+            for (int i = 0; i < NEST_N_OPERAND; i++) {
+                base[i] += move * loops->step[axis][i];
+            }
+            if (!wraps) {
+                break;
+            }
+            index[axis] = 0;
+        }
+    }
+}
+
+typedef struct {
+    const nest_job *jobs;
+    int n_job;
+} job_list;
+
+/* floor(total * part / n_part) without overflow. */
+static size_t
+cut(size_t total, size_t part, size_t n_part)
+{
+    return total / n_part * part + total % n_part * part / n_part;
+}
+
+static void
+run_part(void *list, int part, int n_part)
+{
+    const job_list *todo = list;
+    for (int i = 0; i < todo->n_job; i++) {
+        size_t total = n_row(&todo->jobs[i].loops);
+        size_t begin = cut(total, (size_t)part, (size_t)n_part);
+        size_t end = cut(total, (size_t)part + 1, (size_t)n_part);
+        if (begin < end) {
+            run_rows(&todo->jobs[i], begin, end);
+        }
+    }
+}
+
+void
+nest_run(const nest_job *jobs, int n_job)
+{
+    size_t work = 0;
+    for (int i = 0; i < n_job; i++) {
+        work += n_row(&jobs[i].loops) * jobs[i].row_size;
+    }
+    int n_part = 1;
+    if (work >= 2 * (size_t)MIN_PART_SIZE) {
+        size_t most = work / MIN_PART_SIZE;
+        int n_thread = parallel_n_thread();
+        n_part = most < (size_t)n_thread ? (int)most : n_thread;
+    }
+    job_list todo = {jobs, n_job};
+    parallel_run(run_part, &todo, n_part);
+}

@@ -1,0 +1,47 @@
+/* A strided loop nest over rows: arrange it, cut it into equal parts, run it.
+ * Knows steps and threads; knows neither Python nor what a row holds.
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ */
+#ifndef POSENC_NEST_H
+#define POSENC_NEST_H
+
+#include <stddef.h>
+
+enum { NEST_MAX_AXIS = 64, NEST_N_OPERAND = 4 };
+
+typedef struct {
+    int n_axis;
+    size_t size[NEST_MAX_AXIS];                      /* outermost axis first  */
+    ptrdiff_t step[NEST_MAX_AXIS][NEST_N_OPERAND];   /* bytes                 */
+    char *base[NEST_N_OPERAND];
+} nest;
+
+/* Visit n_row rows; operand i starts at base[i] and goes on by step[i]. */
+typedef void nest_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                        const ptrdiff_t step[NEST_N_OPERAND]);
+
+/* A nest and what to do with its rows. */
+typedef struct {
+    nest loops;
+    nest_strip *strip;
+    void *task;
+    size_t row_size; /* elements per row, to weigh the work */
+} nest_job;
+
+/* Start a nest without axes: one row. */
+void nest_begin(nest *loops, char *const base[NEST_N_OPERAND]);
+
+/* Add an axis inside the others. */
+void nest_add_axis(nest *loops, size_t size, const ptrdiff_t step[NEST_N_OPERAND]);
+
+/* Reorder the axes for memory: by falling step of the last operand, but axes
+ * along which the operands in `held` (a bit set) stand still go innermost, so
+ * that a strip can keep their row; then merge axes that continue each other. */
+void nest_arrange(nest *loops, unsigned held);
+
+/* Run the jobs, all at once, cut into equal parts for the threads.  The rows
+ * are independent, so the parts do not change the result. */
+void nest_run(const nest_job *jobs, int n_job);
+
+#endif

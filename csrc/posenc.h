@@ -1,0 +1,88 @@
+/* The contract of every kernel.  Pure C: no Python, no NumPy, no threads.
+ *
+ * Kernels work on strips: runs of rows with one step per operand.  They do not
+ * allocate, keep no state and cannot fail; sizes and overlap are the caller's
+ * to check.  All steps are in bytes and may be zero or negative.  Each result
+ * is the same bit for bit on every instruction set: products, sums and fused
+ * multiply-adds stand where they are written and nowhere else.
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ */
+#ifndef POSENC_H
+#define POSENC_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+enum { REAL_F32, REAL_F64, N_REAL };
+
+/* How the channels of a row are paired: (i, i + n_pair), as GPT-NeoX and Llama
+ * do, or (2i, 2i + 1), as GPT-J does. */
+enum { LAYOUT_HALF, LAYOUT_INTERLEAVED, N_LAYOUT };
+
+typedef struct {
+    size_t n_row;    /* rows in the strip                                     */
+    size_t head_dim; /* channels per row                                      */
+    size_t n_pair;   /* rotated pairs; 2 * n_pair <= head_dim                 */
+    bool adjoint;    /* rotate by the negative angles                         */
+    ptrdiff_t x_row, cos_row, sin_row, out_row;            /* row to row      */
+    ptrdiff_t x_channel, cos_pair, sin_pair, out_channel;  /* within a row    */
+} rope_strip;
+
+/* Rotate the channel pairs of each row by the angles of its table row.
+ *
+ *   x     (n_row, head_dim)  queries or keys
+ *   cos   (n_row, n_pair)    cosines of the angles; cos_row 0 shares one row
+ *   sin   (n_row, n_pair)    sines of the angles; sin_row likewise
+ *   out   (n_row, head_dim)  may be x itself with x's own steps; else disjoint
+ *
+ * For a pair (a, b):  out_a = a cos - b sin,  out_b = b cos + a sin, two
+ * products and one sum, each rounded once.  Channels past 2 * n_pair are copied.
+ * A NaN in the rotated channels becomes the quiet NaN 0x7fc00000 (0x7ff8 << 48).
+ *
+ * A complex table is one whose cos_pair and sin_pair are two reals and whose
+ * sin starts one real after cos; with the interleaved layout this is the
+ * complex product.
+ *
+ * Su et al., "RoFormer", 2021, eq. 34.
+ */
+typedef void rope_kernel(const rope_strip *strip, const char *x, const char *cos,
+                         const char *sin, char *out);
+
+typedef struct {
+    size_t n_row;         /* positions in the strip                           */
+    size_t n_pair;        /* frequencies per position                         */
+    double factor;        /* multiplies cosine and sine before the rounding   */
+    bool float32_angles;  /* the recipe of transformers, see below            */
+    int inv_freq_type;    /* REAL_F32 or REAL_F64                             */
+    int out_type;         /* REAL_F32 or REAL_F64                             */
+    ptrdiff_t position_row, inv_freq_row, cos_row, sin_row;
+    ptrdiff_t inv_freq_pair, cos_pair, sin_pair;
+} cos_sin_strip;
+
+/* Tabulate factor * cos and factor * sin of position * inv_freq.
+ *
+ *   position  (n_row,)         double, tokens; whole or not, of either sign
+ *   inv_freq  (n_row, n_pair)  radians per token, taken as exact
+ *   cos, sin  (n_row, n_pair)  disjoint from the inputs and each other
+ *
+ * Exact angles: the product is kept exact.  A double entry is within 1 ulp of
+ * the true value, a float entry is that double rounded once more: within
+ * 0.500001 ulp.  This holds for every finite double position and inv_freq, also
+ * where the value is next to zero.  An entry depends on its own position,
+ * inv_freq and factor only.  An infinite or NaN input gives a quiet NaN.
+ *
+ * float32_angles: the product is rounded to float, then its cosine and sine to
+ * float, then their products with (float)factor: what transformers computes.
+ */
+typedef void cos_sin_kernel(const cos_sin_strip *strip, const char *position,
+                            const char *inv_freq, char *cos, char *sin);
+
+/* The kernels of one instruction set. */
+typedef struct {
+    const char *simd;
+    rope_kernel *rope[N_LAYOUT][N_REAL];
+    cos_sin_kernel *cos_sin;
+} kernel_table;
+
+#endif

@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+#include "tasks.h"
+
+#include "dispatch.h"
+
+void
+rope_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                const ptrdiff_t step[NEST_N_OPERAND])
+{
+    const rope_task *rope = task;
+    rope_strip strip = rope->within;
+    strip.x_row = step[ROPE_X];
+    strip.out_row = step[ROPE_OUT];
+    if (rope->cos == NULL) {
+        strip.n_row = n_row;
+        strip.cos_row = step[ROPE_COS];
+        strip.sin_row = step[ROPE_SIN];
+        rope->kernel(&strip, base[ROPE_X], base[ROPE_COS], base[ROPE_SIN],
+                     base[ROPE_OUT]);
+        return;
+    }
+    /* Rows that share their position go together. */
+    size_t shared = step[ROPE_COS] == 0 ? n_row : 1;
+    strip.n_row = shared;
+    strip.cos_row = strip.sin_row = 0;
+    for (size_t row = 0; row < n_row; row += shared) {
+        ptrdiff_t r = (ptrdiff_t)row;
+        int64_t position = *(const int64_t *)(base[ROPE_COS] + r * step[ROPE_COS]);
+        rope->kernel(&strip, base[ROPE_X] + r * step[ROPE_X],
+                     rope->cos + position * rope->cos_table,
+                     rope->sin + position * rope->sin_table,
+                     base[ROPE_OUT] + r * step[ROPE_OUT]);
+    }
+}
+
+void
+table_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                 const ptrdiff_t step[NEST_N_OPERAND])
+{
+    cos_sin_strip strip = *(const cos_sin_strip *)task;
+    strip.n_row = n_row;
+    strip.position_row = step[TABLE_POSITION];
+    strip.inv_freq_row = step[TABLE_INV_FREQ];
+    strip.cos_row = step[TABLE_COS];
+    strip.sin_row = step[TABLE_SIN];
+    kernels->cos_sin(&strip, base[TABLE_POSITION], base[TABLE_INV_FREQ],
+                     base[TABLE_COS], base[TABLE_SIN]);
+}

@@ -1,0 +1,34 @@
+/* What both doors ask for: rotations and tables as jobs over nests.
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ */
+#ifndef POSENC_TASKS_H
+#define POSENC_TASKS_H
+
+#include <stdint.h>
+
+#include "nest.h"
+#include "posenc.h"
+
+/* The operands of a rotation's nest, in this order.  Where rows are gathered,
+ * the cosine's place is taken by the positions, and the sine's stands still. */
+enum { ROPE_X, ROPE_COS, ROPE_SIN, ROPE_OUT };
+#define ROPE_HELD (1u << ROPE_COS | 1u << ROPE_SIN)
+
+typedef struct {
+    rope_strip within; /* steps within a row; those between rows come from the nest */
+    rope_kernel *kernel;
+    const char *cos, *sin;           /* if rows are gathered, else NULL            */
+    ptrdiff_t cos_table, sin_table;  /* ... their steps from row to row            */
+} rope_task;
+
+/* Strips of a rope_task. */
+nest_strip rope_task_strip;
+
+/* The operands of a table's nest, in this order. */
+enum { TABLE_POSITION, TABLE_INV_FREQ, TABLE_COS, TABLE_SIN };
+
+/* Strips of a cos_sin_strip, used as the task. */
+nest_strip table_task_strip;
+
+#endif
