@@ -142,8 +142,8 @@ typedef struct {
     view cos, sin;
     npy_intp cos_pair, sin_pair; /* bytes from angle to angle                  */
     npy_intp n_pair;
-    PyArrayObject *positions;    /* owned int64 copy, C order, or NULL         */
-    view rows;                   /* the axes of its rows: of cos, or positions */
+    PyArrayObject *positions; /* owned int64 copy, C order, or NULL         */
+    view rows;                /* the axes of its rows: of cos, or positions */
 } table;
 
 /* Copy the positions, so that what was checked is what is used.  Returns 1, or 0
@@ -218,13 +218,16 @@ match_axes(const view *x, const view *rows, int axis, int row_axis[NPY_MAXDIMS])
 {
     int n_axis = x->n_axis - 1;
     bool is_full = rows->n_axis == n_axis;
+    axis += axis < 0 ? x->n_axis : 0;
+    if (n_axis > 0 && (axis < 0 || axis >= n_axis)) {
+        return false;
+    }
     for (int i = 0; i < n_axis; i++) {
         row_axis[i] = is_full ? i : -1;
     }
     if (!is_full) {
-        axis += axis < 0 ? x->n_axis : 0;
         int last = rows->n_axis - 1;
-        if (last < 0 || last > 1 || axis < last || axis >= n_axis ||
+        if (n_axis == 0 || last < 0 || last > 1 || axis < last ||
             rows->shape[last] != x->shape[axis]) {
             return false;
         }
@@ -247,7 +250,8 @@ typedef struct {
     view x, out;
     PyObject *result; /* owned */
     rope_task task;
-    nest_job job;
+    nest_job job, rest; /* rest: what the tiles leave */
+    int n_job;
 } rotation;
 
 /* Describe the rotation of x into out as a job. */
@@ -289,10 +293,10 @@ plan_rotation(rotation *r, const table *t, int layout, int axis, bool adjoint)
         }
         nest_add_axis(&r->job.loops, (size_t)x->shape[i], step);
     }
-    nest_arrange(&r->job.loops, ROPE_HELD);
-    r->job.strip = rope_task_strip;
-    r->job.task = &r->task;
-    r->job.row_size = (size_t)head_dim;
+    r->n_job = nest_arrange(&r->job.loops, ROPE_HELD, &r->rest.loops);
+    r->job.strip = r->rest.strip = rope_task_strip;
+    r->job.task = r->rest.task = &r->task;
+    r->job.row_size = r->rest.row_size = (size_t)head_dim;
     return true;
 }
 
@@ -350,7 +354,8 @@ static int
 rotate_all(rotation *r, int n, PyObject *const *x, PyObject *const *out, const table *t,
            int layout, int axis, bool adjoint)
 {
-    nest_job jobs[2];
+    nest_job jobs[4];
+    int n_job = 0;
     npy_intp size = 0;
     for (int i = 0; i < n; i++) {
         int status = take_operand(x[i], out[i], t, &r[i]);
@@ -364,9 +369,12 @@ rotate_all(rotation *r, int n, PyObject *const *x, PyObject *const *out, const t
         size += size_of(&r[i].x);
     }
     for (int i = 0; i < n; i++) {
-        jobs[i] = r[i].job;
+        jobs[n_job++] = r[i].job;
+        if (r[i].n_job == 2) {
+            jobs[n_job++] = r[i].rest;
+        }
     }
-    run_jobs(jobs, n, size);
+    run_jobs(jobs, n_job, size);
     return 1;
 }
 
@@ -425,8 +433,8 @@ finish(int status, rotation *r, int n, table *t)
     if (status == 0) {
         answer = Py_NewRef(Py_NotImplemented);
     } else if (status == 1) {
-        answer = n == 1 ? Py_NewRef(r[0].result)
-                        : PyTuple_Pack(2, r[0].result, r[1].result);
+        answer =
+            n == 1 ? Py_NewRef(r[0].result) : PyTuple_Pack(2, r[0].result, r[1].result);
     }
     for (int i = 0; i < n; i++) {
         Py_XDECREF(r[i].result);
@@ -445,8 +453,8 @@ rope(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     table t = {.positions = NULL};
     rotation r = {.result = NULL};
     rope_options options;
-    int status = take_layout(args[3], &options) &&
-                 take_options(args[4], args[6], &options);
+    int status =
+        take_layout(args[3], &options) && take_options(args[4], args[6], &options);
     if (status == 1) {
         status = take_planar_table(args[1], args[2], args[5], &t);
     }
@@ -467,8 +475,8 @@ rope_qk(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     table t = {.positions = NULL};
     rotation r[2] = {{.result = NULL}, {.result = NULL}};
     rope_options options;
-    int status = take_layout(args[4], &options) &&
-                 take_options(args[5], args[7], &options);
+    int status =
+        take_layout(args[4], &options) && take_options(args[5], args[7], &options);
     if (status == 1) {
         status = take_planar_table(args[2], args[3], args[6], &t);
     }
@@ -564,8 +572,7 @@ cos_sin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
         .cos_pair = last_of(&cos, cos.step),
         .sin_pair = last_of(&sin, sin.step),
     };
-    nest_job job = {
-        .strip = table_task_strip, .task = &task, .row_size = task.n_pair};
+    nest_job job = {.strip = table_task_strip, .task = &task, .row_size = task.n_pair};
     char *base[NEST_N_OPERAND] = {positions.data, inv_freq.data, cos.data, sin.data};
     nest_begin(&job.loops, base);
     for (int i = 0; i < positions.n_axis; i++) {
@@ -573,7 +580,7 @@ cos_sin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
                                           sin.step[i]};
         nest_add_axis(&job.loops, (size_t)positions.shape[i], step);
     }
-    nest_arrange(&job.loops, 0);
+    nest_arrange(&job.loops, 0, NULL);
     run_jobs(&job, 1, size_of(&cos));
     Py_RETURN_NONE;
 }

@@ -166,20 +166,21 @@ static gufunc_entry gufuncs[] = {
         .check = check_rope,
         .loop = {rope_loop, rope_loop},
         .data = {&half_f32, &half_f64},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,      //
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, //
                   NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE},
     },
     {
         .name = "rope_interleaved",
         .signature = "(n),(m),(m)->(n)",
-        .doc = "Rotate the channel pairs (2i, 2i + 1) of x by the angles of cos and sin.",
+        .doc =
+            "Rotate the channel pairs (2i, 2i + 1) of x by the angles of cos and sin.",
         .nin = 3,
         .nout = 1,
         .n_loop = 2,
         .check = check_rope,
         .loop = {rope_loop, rope_loop},
         .data = {&interleaved_f32, &interleaved_f64},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,      //
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, //
                   NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE},
     },
     {
@@ -192,7 +193,7 @@ static gufunc_entry gufuncs[] = {
         .check = check_rope,
         .loop = {rope_complex_loop, rope_complex_loop},
         .data = {&interleaved_f32, &interleaved_f64},
-        .types = {NPY_FLOAT, NPY_CFLOAT, NPY_FLOAT,  //
+        .types = {NPY_FLOAT, NPY_CFLOAT, NPY_FLOAT, //
                   NPY_DOUBLE, NPY_CDOUBLE, NPY_DOUBLE},
     },
     {
@@ -204,8 +205,8 @@ static gufunc_entry gufuncs[] = {
         .n_loop = 3,
         .loop = {cos_sin_loop, cos_sin_loop, cos_sin_loop},
         .data = {&table_f32, &table_f64, &table_f64_f32},
-        .types = {NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,     //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE,  //
+        .types = {NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
                   NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT},
     },
 };

@@ -8,5 +8,6 @@
 #define WIDE_BYTES 16
 #define WIDE_LANES_F32 4
 #define WIDE_LANES_F64 2
+#define HELD 4
 #define KERNEL_TABLE kernels_baseline
 #include "kernels.inc"

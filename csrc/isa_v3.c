@@ -6,8 +6,8 @@
 
 #ifdef POSENC_X86_64
 #ifdef __clang__
-#pragma clang attribute push(                                                          \
-    __attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx2,fma,bmi,bmi2")
 #endif
@@ -16,6 +16,7 @@
 #define WIDE_BYTES 32
 #define WIDE_LANES_F32 8
 #define WIDE_LANES_F64 4
+#define HELD 4
 #define KERNEL_TABLE kernels_v3
 #include "kernels.inc"
 

@@ -6,8 +6,10 @@
 
 #ifdef POSENC_X86_64
 #ifdef __clang__
-#pragma clang attribute push(                                                          \
-    __attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(                                                      \
+    __attribute__((                                                                \
+        target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
 #endif
@@ -16,6 +18,7 @@
 #define WIDE_BYTES 64
 #define WIDE_LANES_F32 16
 #define WIDE_LANES_F64 8
+#define HELD 8
 #define KERNEL_TABLE kernels_v4
 #include "kernels.inc"
 

@@ -9,34 +9,34 @@
 #define SWAP_2(v) __builtin_shufflevector(v, v, 1, 0)
 #define SWAP_4(v) __builtin_shufflevector(v, v, 1, 0, 3, 2)
 #define SWAP_8(v) __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6)
-#define SWAP_16(v)                                                                     \
+#define SWAP_16(v) \
     __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 
 /* Each lane of the lower half of v twice. */
 #define TWICE_LOW_2(v) __builtin_shufflevector(v, v, 0, 0)
 #define TWICE_LOW_4(v) __builtin_shufflevector(v, v, 0, 0, 1, 1)
 #define TWICE_LOW_8(v) __builtin_shufflevector(v, v, 0, 0, 1, 1, 2, 2, 3, 3)
-#define TWICE_LOW_16(v)                                                                \
+#define TWICE_LOW_16(v) \
     __builtin_shufflevector(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7)
 
 /* Each lane of the upper half of v twice. */
 #define TWICE_HIGH_2(v) __builtin_shufflevector(v, v, 1, 1)
 #define TWICE_HIGH_4(v) __builtin_shufflevector(v, v, 2, 2, 3, 3)
 #define TWICE_HIGH_8(v) __builtin_shufflevector(v, v, 4, 4, 5, 5, 6, 6, 7, 7)
-#define TWICE_HIGH_16(v)                                                               \
-    __builtin_shufflevector(v, v, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14,  \
+#define TWICE_HIGH_16(v)                                                              \
+    __builtin_shufflevector(v, v, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, \
                             15, 15)
 
 /* (0 1 2 3) -> (0 0 2 2) and (1 1 3 3) */
 #define EVEN_2(v) __builtin_shufflevector(v, v, 0, 0)
 #define EVEN_4(v) __builtin_shufflevector(v, v, 0, 0, 2, 2)
 #define EVEN_8(v) __builtin_shufflevector(v, v, 0, 0, 2, 2, 4, 4, 6, 6)
-#define EVEN_16(v)                                                                     \
+#define EVEN_16(v) \
     __builtin_shufflevector(v, v, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14)
 #define ODD_2(v) __builtin_shufflevector(v, v, 1, 1)
 #define ODD_4(v) __builtin_shufflevector(v, v, 1, 1, 3, 3)
 #define ODD_8(v) __builtin_shufflevector(v, v, 1, 1, 3, 3, 5, 5, 7, 7)
-#define ODD_16(v)                                                                      \
+#define ODD_16(v) \
     __builtin_shufflevector(v, v, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15)
 
 #define LANES_JOIN_(name, lanes) name##lanes

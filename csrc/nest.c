@@ -9,6 +9,9 @@
 /* Elements per thread below which a thread costs more than it brings. */
 #define MIN_PART_SIZE 32768
 
+/* Rows of a tile: the table rows of one, 16 x 64 pairs of floats, are 8 KiB. */
+#define TILE 64
+
 enum { LAST = NEST_N_OPERAND - 1 };
 
 void
@@ -44,17 +47,11 @@ stands_still(const ptrdiff_t step[NEST_N_OPERAND], unsigned operands)
     return true;
 }
 
-/* True if axis a belongs outside axis b. */
-static bool
-goes_outside(const nest *loops, int a, int b, unsigned held)
+static size_t
+last_step(const nest *loops, int axis)
 {
-    bool a_held = stands_still(loops->step[a], held);
-    bool b_held = stands_still(loops->step[b], held);
-    if (a_held != b_held) {
-        return b_held;
-    }
-    ptrdiff_t a_step = loops->step[a][LAST], b_step = loops->step[b][LAST];
-    return (a_step < 0 ? -a_step : a_step) > (b_step < 0 ? -b_step : b_step);
+    ptrdiff_t step = loops->step[axis][LAST];
+    return (size_t)(step < 0 ? -step : step);
 }
 
 static void
@@ -96,17 +93,6 @@ merge_axes(nest *loops)
     loops->n_axis = loops->n_axis > 0 ? kept + 1 : 0;
 }
 
-void
-nest_arrange(nest *loops, unsigned held)
-{
-    for (int last = 1; last < loops->n_axis; last++) {
-        for (int a = last; a > 0 && goes_outside(loops, a, a - 1, held); a--) {
-            swap_axes(loops, a, a - 1);
-        }
-    }
-    merge_axes(loops);
-}
-
 static size_t
 n_row(const nest *loops)
 {
@@ -115,6 +101,63 @@ n_row(const nest *loops)
         total *= loops->size[axis];
     }
     return total;
+}
+
+/* Move an axis outwards. */
+static void
+move_axis(nest *loops, int from, int to)
+{
+    for (int axis = from; axis > to; axis--) {
+        swap_axes(loops, axis, axis - 1);
+    }
+}
+
+/* Cut the innermost axis into tiles of TILE rows, all but the last `rest`. */
+static void
+split_inner(nest *loops, nest *rest)
+{
+    int inner = loops->n_axis - 1;
+    size_t n_tile = loops->size[inner] / TILE;
+    *rest = *loops;
+    rest->size[inner] = loops->size[inner] % TILE;
+    ptrdiff_t step[NEST_N_OPERAND];
+    for (int i = 0; i < NEST_N_OPERAND; i++) {
+        step[i] = loops->step[inner][i] * TILE;
+        rest->base[i] += step[i] * (ptrdiff_t)n_tile;
+    }
+    set_axis(loops, inner + 1, TILE, loops->step[inner]);
+    set_axis(loops, inner, n_tile, step);
+    loops->n_axis++;
+}
+
+int
+nest_arrange(nest *loops, unsigned held, nest *rest)
+{
+    for (int last = 1; last < loops->n_axis; last++) {
+        int to = last;
+        while (to > 0 && last_step(loops, last) > last_step(loops, to - 1)) {
+            to--;
+        }
+        move_axis(loops, last, to);
+    }
+    merge_axes(loops);
+
+    int inner = loops->n_axis - 1, n_held = 0;
+    for (int axis = 0; axis < inner; axis++) {
+        n_held += stands_still(loops->step[axis], held);
+    }
+    if (n_held == 0 || stands_still(loops->step[inner], held) ||
+        loops->n_axis == NEST_MAX_AXIS) {
+        return 1;
+    }
+    /* (B, H, T) with H held becomes (B, T / TILE, H, TILE). */
+    split_inner(loops, rest);
+    for (int axis = 0, to = 0; axis <= inner; axis++) {
+        if (!stands_still(loops->step[axis], held)) {
+            move_axis(loops, axis, to++);
+        }
+    }
+    return n_row(rest) > 0 ? 2 : 1;
 }
 
 /* Rows [begin, end) of a job, strip by strip along the innermost axis. */

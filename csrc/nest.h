@@ -12,8 +12,8 @@ enum { NEST_MAX_AXIS = 64, NEST_N_OPERAND = 4 };
 
 typedef struct {
     int n_axis;
-    size_t size[NEST_MAX_AXIS];                      /* outermost axis first  */
-    ptrdiff_t step[NEST_MAX_AXIS][NEST_N_OPERAND];   /* bytes                 */
+    size_t size[NEST_MAX_AXIS];                    /* outermost axis first  */
+    ptrdiff_t step[NEST_MAX_AXIS][NEST_N_OPERAND]; /* bytes                 */
     char *base[NEST_N_OPERAND];
 } nest;
 
@@ -35,10 +35,13 @@ void nest_begin(nest *loops, char *const base[NEST_N_OPERAND]);
 /* Add an axis inside the others. */
 void nest_add_axis(nest *loops, size_t size, const ptrdiff_t step[NEST_N_OPERAND]);
 
-/* Reorder the axes for memory: by falling step of the last operand, but axes
- * along which the operands in `held` (a bit set) stand still go innermost, so
- * that a strip can keep their row; then merge axes that continue each other. */
-void nest_arrange(nest *loops, unsigned held);
+/* Reorder the axes for memory: by falling step of the last operand, and axes that
+ * continue each other merged.  The operands in `held` (a bit set) are worth
+ * keeping near: if the innermost axis moves them while axes outside it do not, it
+ * is cut into tiles and those axes go around the tiles.  The rows of a last,
+ * shorter tile are a nest of their own, rest.  Returns how many nests there are:
+ * 1, or 2 with the rest. */
+int nest_arrange(nest *loops, unsigned held, nest *rest);
 
 /* Run the jobs, all at once, cut into equal parts for the threads.  The rows
  * are independent, so the parts do not change the result. */

@@ -25,8 +25,8 @@ typedef struct {
     size_t head_dim; /* channels per row                                      */
     size_t n_pair;   /* rotated pairs; 2 * n_pair <= head_dim                 */
     bool adjoint;    /* rotate by the negative angles                         */
-    ptrdiff_t x_row, cos_row, sin_row, out_row;            /* row to row      */
-    ptrdiff_t x_channel, cos_pair, sin_pair, out_channel;  /* within a row    */
+    ptrdiff_t x_row, cos_row, sin_row, out_row;           /* row to row      */
+    ptrdiff_t x_channel, cos_pair, sin_pair, out_channel; /* within a row    */
 } rope_strip;
 
 /* Rotate the channel pairs of each row by the angles of its table row.
@@ -50,12 +50,12 @@ typedef void rope_kernel(const rope_strip *strip, const char *x, const char *cos
                          const char *sin, char *out);
 
 typedef struct {
-    size_t n_row;         /* positions in the strip                           */
-    size_t n_pair;        /* frequencies per position                         */
-    double factor;        /* multiplies cosine and sine before the rounding   */
-    bool float32_angles;  /* the recipe of transformers, see below            */
-    int inv_freq_type;    /* REAL_F32 or REAL_F64                             */
-    int out_type;         /* REAL_F32 or REAL_F64                             */
+    size_t n_row;        /* positions in the strip                           */
+    size_t n_pair;       /* frequencies per position                         */
+    double factor;       /* multiplies cosine and sine before the rounding   */
+    bool float32_angles; /* the recipe of transformers, see below            */
+    int inv_freq_type;   /* REAL_F32 or REAL_F64                             */
+    int out_type;        /* REAL_F32 or REAL_F64                             */
     ptrdiff_t position_row, inv_freq_row, cos_row, sin_row;
     ptrdiff_t inv_freq_pair, cos_pair, sin_pair;
 } cos_sin_strip;

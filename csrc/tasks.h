@@ -18,8 +18,8 @@ enum { ROPE_X, ROPE_COS, ROPE_SIN, ROPE_OUT };
 typedef struct {
     rope_strip within; /* steps within a row; those between rows come from the nest */
     rope_kernel *kernel;
-    const char *cos, *sin;           /* if rows are gathered, else NULL            */
-    ptrdiff_t cos_table, sin_table;  /* ... their steps from row to row            */
+    const char *cos, *sin;          /* if rows are gathered, else NULL            */
+    ptrdiff_t cos_table, sin_table; /* ... their steps from row to row            */
 } rope_task;
 
 /* Strips of a rope_task. */

@@ -1,0 +1,37 @@
+"""
+Positional encodings for transformers on the CPU.
+
+C kernels behind plain functions on NumPy arrays; the raw gufuncs are in
+`posenc.ufunc`, the patch for Hugging Face models in `posenc.hf`.
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+from . import ufunc
+from ._rope import (
+    permute_layout,
+    rope,
+    rope_cis,
+    rope_complex,
+    rope_matrix,
+    rope_qk,
+    rope_table,
+)
+from ._runtime import build_info, get_num_threads, set_num_threads
+from ._scaling import rope_inv_freq
+from ._version import __version__
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "get_num_threads",
+    "permute_layout",
+    "rope",
+    "rope_cis",
+    "rope_complex",
+    "rope_inv_freq",
+    "rope_matrix",
+    "rope_qk",
+    "rope_table",
+    "set_num_threads",
+    "ufunc",
+]

@@ -1,0 +1,131 @@
+"""The command line: ``python -m posenc extend``."""
+
+# SPDX-License-Identifier: BSD-3-Clause
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import _extend, _extend_report
+
+EXTEND = """\
+Measure how well a model reads text longer than it was trained on, under several
+ways of context extension. The text is cut into windows, the same for every method;
+the loss is averaged by position. T is the model's trained length
+(max_position_embeddings), L the length read:
+
+{methods}
+
+alpha, unless given, is {alpha}.
+Byte-level models are measured in bits per byte, models with a tokenizer in
+perplexity. Nothing is trained and no file of the model is changed.
+"""
+
+
+def parser():
+    """Return the argument parser of ``python -m posenc``."""
+    top = argparse.ArgumentParser(
+        prog="python -m posenc",
+        description="Positional encodings for transformers on the CPU.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    methods = "\n".join(f"  {k:8} {v}" for k, v in _extend.METHODS.items())
+    extend = commands.add_parser(
+        "extend",
+        help="compare ways to extend the context of a model, on real text",
+        description=EXTEND.format(methods=methods, alpha=_extend.ALPHA_RULE),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = extend.add_argument
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder of a transformers checkpoint with a causal language model that "
+        "uses RoPE (default: the small byte-level Llama that comes with posenc)",
+    )
+    add(
+        "--text",
+        metavar="FILE",
+        help="text to read (default: held-out text that comes with posenc)",
+    )
+    add("--methods", metavar="NAMES", help="comma-separated (default: all)")
+    add("--lengths", metavar="L,L,...", help="comma-separated (default: T,2T,4T,8T)")
+    add("--alpha", type=float, metavar="A", help="NTK alpha for every length past T")
+    add(
+        "--windows",
+        type=int,
+        default=_extend.N_WINDOW,
+        metavar="N",
+        help="how many windows of the text to read (default: %(default)s)",
+    )
+    add("--threads", type=int, metavar="N", help="threads for the model")
+    add(
+        "--plot",
+        metavar="FILE",
+        help="write a figure, loss over position (PNG, SVG, PDF)",
+    )
+    add("--json", metavar="FILE", help="write all numbers")
+    return top
+
+
+def extend(args):
+    """Measure, print the tables and the sentence, write the files asked for."""
+    check_outputs(args)
+    set_threads(args.threads)
+    report = _extend.extend(
+        args.model,
+        args.text,
+        args.methods,
+        args.lengths,
+        alpha=args.alpha,
+        n_window=args.windows,
+    )
+    print(_extend_report.tables(report))
+    print()
+    print(_extend_report.conclusion(report))
+    if args.json:
+        Path(args.json).write_text(_extend_report.to_json(report), encoding="utf-8")
+    if args.plot:
+        from .plot import plot_extension
+
+        plot_extension(report, args.plot)
+
+
+def check_outputs(args):
+    """Refuse a file that cannot be written before the measuring starts."""
+    for name in ("plot", "json"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            _extend.refuse(name, "be a file in an existing folder", repr(path))
+    if args.plot is not None:
+        _extend.require("matplotlib", "plot")
+        if Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
+            _extend.refuse("plot", "end in .png, .svg or .pdf", repr(args.plot))
+
+
+def set_threads(n_thread):
+    """Set the threads of the model and of posenc."""
+    if n_thread is None:
+        return
+    if n_thread < 1:
+        _extend.refuse("threads", "be at least 1", repr(n_thread))
+    from . import set_num_threads
+
+    _extend.require("torch", "hf").set_num_threads(n_thread)
+    set_num_threads(n_thread)
+
+
+def main(argv=None):
+    """Run the command line and return the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        extend(args)
+    except _extend.ExtendError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

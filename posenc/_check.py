@@ -1,0 +1,101 @@
+"""The words of errors, and the checks that several functions share."""
+
+# SPDX-License-Identifier: BSD-3-Clause
+import math
+import numbers
+
+import numpy as np
+
+
+def must(function, parameter, rule, got):
+    """Return the one sentence that every error says: ``got`` is shown as it is."""
+    return f"{function}: {parameter} must {rule}; got {got}"
+
+
+def one_of(function, parameter, value, choices):
+    """Raise unless `value` is one of a few strings."""
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(must(function, parameter, f"be one of {listed}", repr(value)))
+
+
+def whole_number(function, parameter, value, least):
+    """Return `value` as an int; raise unless it is a whole number >= `least`."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool):
+        if value >= least:
+            return int(value)
+        error = ValueError
+    else:
+        error = TypeError
+    rule = f"be a whole number of at least {least}"
+    raise error(must(function, parameter, rule, repr(value)))
+
+
+def real_number(function, parameter, value, rule="be a finite number", holds=None):
+    """Return `value` as a float; raise unless it is finite and `holds`."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool):
+        raise TypeError(must(function, parameter, rule, repr(value)))
+    value = float(value)
+    if not math.isfinite(value) or (holds is not None and not holds(value)):
+        raise ValueError(must(function, parameter, rule, repr(value)))
+    return value
+
+
+def real_dtype(function, dtype):
+    """Return `dtype` as float32 or float64."""
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            must(function, "dtype", "be float32 or float64", repr(dtype))
+        ) from None
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(must(function, "dtype", "be float32 or float64", dtype.name))
+    return dtype
+
+
+def real_array(function, parameter, value):
+    """Return `value` as a float64 array; raise unless it holds real numbers."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            must(function, parameter, "be one array of numbers", type(value).__name__)
+        ) from None
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(
+            must(function, parameter, "hold real numbers", f"dtype {array.dtype}")
+        )
+    return array.astype(np.float64, copy=False)
+
+
+def out_array(function, out, shape, dtype, parameter="out"):
+    """Raise unless `out` is an array that a result can be written to."""
+    if not hasattr(out, "__array_ufunc__") or not hasattr(out, "shape"):
+        kind = type(out).__name__
+        raise TypeError(must(function, parameter, "be an array", kind))
+    if tuple(out.shape) != tuple(shape):
+        rule = f"have shape {tuple(shape)}"
+        raise ValueError(must(function, parameter, rule, f"shape {tuple(out.shape)}"))
+    if out.dtype != dtype:
+        rule = f"have dtype {np.dtype(dtype)}"
+        raise TypeError(must(function, parameter, rule, f"dtype {out.dtype}"))
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            rule, got = "be writeable", "a read-only array"
+            raise ValueError(must(function, parameter, rule, got))
+        if _may_hold_an_element_twice(out):
+            rule, got = "not overlap itself", f"strides {out.strides}"
+            raise ValueError(must(function, parameter, rule, got))
+
+
+def _may_hold_an_element_twice(array):
+    """Tell whether two indices may lead to the same memory."""
+    covered = array.itemsize
+    axes = zip(array.strides, array.shape, strict=True)
+    for stride, size in sorted((abs(stride), size) for stride, size in axes):
+        if size > 1:
+            if stride < covered:
+                return True
+            covered += (size - 1) * stride
+    return False

@@ -1,0 +1,50 @@
+from types import NotImplementedType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+cos_sin: Final[np.ufunc]
+rope_complex: Final[np.ufunc]
+rope_half: Final[np.ufunc]
+rope_interleaved: Final[np.ufunc]
+
+def build_info() -> dict[str, Any]: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int, /) -> None: ...
+def rope_arrays(
+    x: Any,
+    cos: Any,
+    sin: Any,
+    layout: Any,
+    axis: Any,
+    positions: Any,
+    adjoint: bool,
+    out: Any,
+    /,
+) -> NDArray[Any] | NotImplementedType: ...
+def rope_qk_arrays(
+    q: Any,
+    k: Any,
+    cos: Any,
+    sin: Any,
+    layout: Any,
+    axis: Any,
+    positions: Any,
+    adjoint: bool,
+    q_out: Any,
+    k_out: Any,
+    /,
+) -> tuple[NDArray[Any], NDArray[Any]] | NotImplementedType: ...
+def rope_complex_arrays(
+    x: Any, cis: Any, axis: Any, positions: Any, adjoint: bool, out: Any, /
+) -> NDArray[Any] | NotImplementedType: ...
+def cos_sin_arrays(
+    positions: Any,
+    inv_freq: Any,
+    factor: float,
+    float32_angles: bool,
+    cos: Any,
+    sin: Any,
+    /,
+) -> NotImplementedType | None: ...

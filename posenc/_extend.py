@@ -1,0 +1,424 @@
+"""Measure how well ways of context extension work on a model and a text.
+
+Every method at every length L reads the first L tokens of the same windows of text,
+and the loss of every single token is kept: the tables, the plot and the closing
+sentence (``_extend_report.py``) are means over parts of these losses.
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+
+import dataclasses
+import importlib
+import math
+from pathlib import Path
+
+import numpy as np
+
+from ._check import must
+
+METHODS = {
+    "none": "the model as it is",
+    "window": "sliding window: in every layer a token attends to the last T tokens, "
+    "itself included",
+    "linear": "transformers' 'linear' (position interpolation), factor L/T",
+    "ntk": "posenc.hf.patch with 'ntk': rope_theta * alpha**(d/(d-2)), alpha below",
+    "dynamic": "transformers' 'dynamic' NTK, factor L/T",
+    "yarn": "transformers' 'yarn', factor L/T",
+}
+# transformers runs these through the model's configuration.
+CONFIG_METHODS = ("linear", "dynamic", "yarn")
+# One pass over the longest length serves every length: causal models do not look
+# ahead, and nothing in these two depends on the length.
+LENGTH_FREE_METHODS = ("none", "window")
+
+MODEL = Path(__file__).parent / "models" / "llama_bytes"
+TEXT = Path(__file__).parent / "models" / "held_out.txt"
+
+N_WINDOW = 32
+# Logits held at once, in elements: 256 MB of float32.
+MAX_LOGITS = 1 << 26
+# Tokens per batch, while that is more than one window: enough to keep a core busy.
+MAX_TOKENS = 8192
+
+
+class ExtendError(ValueError):
+    """What the user asked for cannot be done; the message is one line."""
+
+
+def refuse(parameter, rule, got):
+    """Raise the error that ends the command."""
+    raise ExtendError(must("extend", parameter, rule, got)) from None
+
+
+# ---------------------------------------------------------------- what to measure
+
+
+ALPHA_RULE = "(L/T)**1.5"
+
+
+def default_alpha(scale):
+    """Return the NTK alpha for a context ``scale`` times the trained length.
+
+    Alpha must exceed the scale; the rule was tuned on the training text of the
+    shipped model.
+    """
+    return scale**1.5 if scale > 1 else 1.0
+
+
+def parse_methods(text):
+    """Return the names in a comma-separated list of methods."""
+    methods = list(dict.fromkeys(m.strip() for m in text.split(",") if m.strip()))
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown or not methods:
+        got = repr(unknown[0]) if unknown else repr(text)
+        refuse("methods", "be among " + ", ".join(METHODS), got)
+    return methods
+
+
+def parse_lengths(text, trained):
+    """Return the sorted lengths in a comma-separated list; 1x to 8x by default."""
+    if text is None:
+        return [trained * k for k in (1, 2, 4, 8)]
+    lengths = set()
+    for part in text.split(","):
+        try:
+            length = int(part)
+        except ValueError:
+            length = 0
+        if length < 2:
+            refuse("lengths", "be whole numbers of at least 2", repr(part.strip()))
+        lengths.add(length)
+    return sorted(lengths)
+
+
+def buckets(trained, length):
+    """Return the (start, stop) position ranges: the trained length, then doublings.
+
+    >>> buckets(256, 1500)
+    [(0, 256), (256, 512), (512, 1024), (1024, 1500)]
+    """
+    edges = [0]
+    edge = trained
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    edges.append(length)
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+# ---------------------------------------------------------------- model and text
+
+
+def require(module, extra):
+    """Import an optional module or say which extra installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        rule = f"be installed (pip install 'posenc[{extra}]')"
+        raise ExtendError(must("extend", module, rule, "no such module")) from None
+
+
+def load_config(folder):
+    """Return the configuration of a checkpoint folder that uses RoPE."""
+    transformers = require("transformers", "hf")
+    folder = Path(folder)
+    if not folder.is_dir():
+        refuse("model", "be a folder with a transformers checkpoint", repr(str(folder)))
+    if not (folder / "config.json").is_file():
+        refuse("model", "be a folder with a config.json", repr(str(folder)))
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        rule = "be a checkpoint that transformers can read"
+        refuse("model", rule, f"{str(folder)!r} ({_first_line(error)})")
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        refuse("model", "use RoPE", f"model_type {config.model_type!r}")
+    if "rope_theta" not in rope:
+        refuse("model", "have one set of RoPE parameters", repr(rope))
+    return config
+
+
+def load_model(folder, config):
+    """Return the causal language model in float32, ready to be measured."""
+    torch = require("torch", "hf")
+    transformers = require("transformers", "hf")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        rule = "be a causal language model with its weights"
+        refuse("model", rule, f"{str(folder)!r} ({_first_line(error)})")
+    return model.eval()
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def read_tokens(folder, config, path):
+    """Return ``(token ids, id to put before every window or None, unit)``.
+
+    Without a tokenizer the tokens are the bytes of the text.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        refuse("text", "be a readable file", f"{str(path)!r} ({error.strerror})")
+    if not raw.strip():
+        refuse("text", "hold some text", f"{str(path)!r} with {len(raw)} bytes")
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if any((Path(folder) / name).is_file() for name in names):
+        return *_tokenize(folder, path, raw), "perplexity"
+    if config.vocab_size != 256:
+        rule = "have a tokenizer or a vocabulary of the 256 bytes"
+        refuse("model", rule, f"vocab_size {config.vocab_size}")
+    return np.frombuffer(raw, np.uint8).astype(np.int64), None, "bits per byte"
+
+
+def _tokenize(folder, path, raw):
+    transformers = require("transformers", "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True
+    )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse("text", "be UTF-8", f"{str(path)!r} ({error.reason})")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    puts_first = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return np.array(ids, np.int64), tokenizer.bos_token_id if puts_first else None
+
+
+def cut_windows(tokens, length, n_window, first=None):
+    """Return up to ``n_window`` windows, evenly spread and not overlapping.
+
+    Parameters
+    ----------
+    tokens : ndarray, shape (n,)
+        The text.
+    length : int
+        Tokens per window, `first` included.
+    n_window : int
+        How many are wanted; fewer come back when the text is short.
+    first : int, optional
+        Token to put at the start of every window.
+
+    Returns
+    -------
+    ndarray, shape (n, length)
+        The windows, one per row.
+    """
+    n_text = length if first is None else length - 1
+    n_window = min(n_window, len(tokens) // n_text)
+    if n_window == 0:
+        rule = f"hold at least as many tokens as the longest length, {length}"
+        refuse("text", rule, f"{len(tokens)} tokens")
+    starts = np.linspace(0, len(tokens) - n_text, n_window).astype(int)
+    windows = np.stack([tokens[s : s + n_text] for s in starts])
+    if first is not None:
+        windows = np.insert(windows, 0, first, axis=1)
+    return windows
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclasses.dataclass
+class Run:
+    """One method at one length: the loss of every token in nats."""
+
+    method: str
+    length: int
+    setting: dict
+    loss: np.ndarray  # (n_window, length - 1); column p - 1 predicts position p
+
+    def mean(self, start, stop):
+        """Return the mean loss in nats over positions start to stop - 1."""
+        return float(self.loss[:, max(start, 1) - 1 : stop - 1].mean())
+
+
+@dataclasses.dataclass
+class Report:
+    """All runs on one model and one text."""
+
+    model: str
+    text: str
+    unit: str  # 'bits per byte' or 'perplexity'
+    trained: int
+    n_window: int
+    methods: list
+    lengths: list
+    runs: list
+
+    def run(self, method, length):
+        """Return the run of a method at a length."""
+        return next(r for r in self.runs if (r.method, r.length) == (method, length))
+
+    def in_unit(self, nats):
+        """Return a mean loss in the unit of the report."""
+        return math.exp(nats) if self.unit == "perplexity" else nats / math.log(2)
+
+
+def setting_of(method, length, trained, alpha=None):
+    """Return the scaling dict of a method, empty where nothing is scaled."""
+    scale = length / trained
+    if method == "window":
+        return {"window": trained}
+    if method == "none" or scale <= 1:
+        return {}
+    if method == "ntk":
+        return {"rope_type": "ntk", "alpha": alpha or default_alpha(scale)}
+    setting = {"rope_type": method, "factor": scale}
+    if method == "yarn":
+        setting["original_max_position_embeddings"] = trained
+    return setting
+
+
+def token_losses(model, windows, window=None, advance=lambda n: None):
+    """Return the loss in nats of every token but the first of each window.
+
+    Parameters
+    ----------
+    model : transformers causal language model
+        The model, in evaluation mode.
+    windows : ndarray, shape (n_window, length)
+        Token ids.
+    window : int, optional
+        Let every token attend to this many last tokens only, itself included.
+    advance : callable, optional
+        Called with the number of windows done.
+
+    Returns
+    -------
+    ndarray, shape (n_window, length - 1)
+        Losses in float32.
+    """
+    torch = require("torch", "hf")
+    ids = torch.from_numpy(windows)
+    max_tokens = min(MAX_TOKENS, MAX_LOGITS // model.config.vocab_size)
+    n_batch = max(1, max_tokens // ids.shape[1])
+    losses = []
+    with torch.inference_mode():
+        for some in ids.split(n_batch):
+            mask = None if window is None else _window_mask(torch, some.shape, window)
+            output = model(input_ids=some, attention_mask=mask, use_cache=False)
+            logits, labels = output.logits[:, :-1], some[:, 1:]
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), reduction="none"
+            )
+            losses.append(loss.view(labels.shape).numpy())
+            advance(len(some))
+    return np.concatenate(losses)
+
+
+def _window_mask(torch, shape, window):
+    """Return the additive mask of causal attention to the last ``window`` tokens."""
+    n_batch, length = shape
+    seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+    mask = torch.zeros(length, length).masked_fill(~seen, torch.finfo().min)
+    return mask.expand(n_batch, 1, length, length)
+
+
+def extend(
+    folder=None,
+    text=None,
+    methods=None,
+    lengths=None,
+    *,
+    alpha=None,
+    n_window=N_WINDOW,
+    progress=True,
+):
+    """Measure methods of context extension; see ``python -m posenc extend --help``.
+
+    Parameters
+    ----------
+    folder, text : path, optional
+        Checkpoint folder and text file; the shipped ones by default.
+    methods, lengths : str, optional
+        Comma-separated names and whole numbers.
+    alpha : float, optional
+        NTK alpha for every length; `default_alpha` by default.
+    n_window : int, default 32
+        Windows of the text to read.
+    progress : bool, default True
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    Report
+        The losses of every run.
+
+    Raises
+    ------
+    ExtendError
+        If a parameter cannot be used; the message says which and why.
+    """
+    folder = Path(folder or MODEL)
+    methods = parse_methods(methods or ",".join(METHODS))
+    config = load_config(folder)
+    trained = config.max_position_embeddings
+    lengths = parse_lengths(lengths, trained)
+    if n_window < 1:
+        refuse("windows", "be at least 1", repr(n_window))
+    if alpha is not None and not 1 <= alpha < math.inf:
+        refuse("alpha", "be at least 1", repr(alpha))
+    text = Path(text or TEXT)
+    tokens, first, unit = read_tokens(folder, config, text)
+    windows = cut_windows(tokens, lengths[-1], n_window, first)
+    report = Report(
+        str(folder), str(text), unit, trained, len(windows), methods, lengths, []
+    )
+    with _progress(report, progress) as bar:
+        for method in methods:
+            bar.set_description(method)
+            report.runs += measure(
+                folder, method, windows, lengths, trained, alpha, bar.update
+            )
+    return report
+
+
+def _progress(report, shown):
+    tqdm = require("tqdm", "hf").tqdm
+    n_pass = sum(
+        1 if m in LENGTH_FREE_METHODS else len(report.lengths) for m in report.methods
+    )
+    return tqdm(
+        total=n_pass * report.n_window, unit="window", disable=not shown, leave=False
+    )
+
+
+def measure(folder, method, windows, lengths, trained, alpha, advance):
+    """Return the runs of one method at every length."""
+    runs = []
+    if method in LENGTH_FREE_METHODS:
+        model = load_model(folder, load_config(folder))
+        setting = setting_of(method, lengths[-1], trained)
+        loss = token_losses(model, windows, setting.get("window"), advance)
+        return [Run(method, n, setting, loss[:, : n - 1]) for n in lengths]
+    for length in lengths:
+        setting = setting_of(method, length, trained, alpha)
+        some = windows[:, :length]
+        loss = _scaled_losses(folder, setting, some, advance)
+        runs.append(Run(method, length, setting, loss))
+    return runs
+
+
+def _scaled_losses(folder, setting, windows, advance):
+    """Measure a fresh model: transformers' 'dynamic' remembers earlier lengths."""
+    config = load_config(folder)
+    if setting.get("rope_type") in CONFIG_METHODS:
+        config.rope_parameters = {**config.rope_parameters, **setting}
+    model = load_model(folder, config)
+    if setting.get("rope_type") != "ntk":
+        return token_losses(model, windows, advance=advance)
+    from . import hf
+
+    n_position = windows.shape[1]
+    with hf.patch(model, scaling=setting, max_position_embeddings=n_position):
+        return token_losses(model, windows, advance=advance)

@@ -1,0 +1,759 @@
+"""Rotary position embedding: tables of angles, and the rotation by them."""
+
+# SPDX-License-Identifier: BSD-3-Clause
+from typing import NamedTuple
+
+import numpy as np
+
+from . import _core
+from ._check import (
+    must,
+    one_of,
+    out_array,
+    real_array,
+    real_dtype,
+    real_number,
+    whole_number,
+)
+
+_LAYOUTS = {"half": _core.rope_half, "interleaved": _core.rope_interleaved}
+_ANGLES = ("exact", "float32")
+_COMPLEX = {np.dtype(np.float32): np.complex64, np.dtype(np.float64): np.complex128}
+
+
+def rope(
+    x,
+    cos,
+    sin,
+    *,
+    layout="half",
+    axis=-2,
+    positions=None,
+    inverse=False,
+    adjoint=False,
+    out=None,
+):
+    """
+    Rotate the channel pairs of queries or keys by the angles of a table.
+
+    Channels past twice the width of the table are copied (partial rotary). Each
+    result is two products and one sum, each rounded once, as PyTorch computes it.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., head_dim)
+        Queries or keys, float32 or float64 (integers count as float64), in any
+        memory layout.
+    cos, sin : array_like, shape (T, M), (B, T, M) or as many axes as x
+        Cosines and sines of the angles, ``2 * M <= head_dim``, from `rope_table`.
+        T is the size of x along `axis`, B that of its first axis or 1. A table
+        with as many axes as x is broadcast against it.
+    layout : {'half', 'interleaved'}, default 'half'
+        How channels are paired. ``'half'`` pairs ``(i, i + M)``, as GPT-NeoX and
+        the Llama of transformers do; ``'interleaved'`` pairs ``(2*i, 2*i + 1)``, as
+        GPT-J, Cohere and Meta's own Llama do.
+    axis : int, default -2
+        The sequence axis of x: -2 for (B, H, T, head_dim), 1 for
+        (B, T, H, head_dim).
+    positions : array_like of int, shape (T,) or (B, T), optional
+        Row of the table to use for each token; the table is then (P, M), and each
+        position lies in [0, P).
+    inverse : bool, default False
+        Undo the rotation: multiply by the inverse of the table's matrices, so
+        that an attention factor is divided out again.
+    adjoint : bool, default False
+        Apply the transpose, which is the gradient: rotate backwards, an attention
+        factor stays in.
+    out : ndarray, shape (..., head_dim), optional
+        Where the result goes, of the result's dtype. It may be x itself; any other
+        overlap is handled.
+
+    Returns
+    -------
+    ndarray, shape (..., head_dim)
+        The rotated x, in the common dtype of x, cos and sin and in x's memory
+        order; `out` if it was given. Array subclasses and dask arrays go through
+        the gufuncs and keep their type.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind or dtype.
+    ValueError
+        If shapes do not fit, a position lies outside the table, `layout` is
+        unknown, or both `inverse` and `adjoint` are set. Nothing has been written.
+
+    See Also
+    --------
+    rope_qk : Queries and keys in one call.
+    rope_table : Make the table.
+    rope_complex : The same with a complex table.
+
+    Notes
+    -----
+    For a pair (a, b) and its angle: ``a' = a cos - b sin``, ``b' = b cos + a sin``.
+    NaN results are one quiet NaN. The inverse is computed as a rotation by
+    (cos, -sin) / (cos**2 + sin**2), rounded to the table's dtype.
+
+    References
+    ----------
+    .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
+       Embedding", 2021, eq. 34. https://arxiv.org/abs/2104.09864
+
+    Examples
+    --------
+    A quarter turn sends (1, 0) to (0, 1):
+
+    >>> import posenc
+    >>> posenc.rope([[1.0, 0.0]], cos=[[0.0]], sin=[[1.0]])
+    array([[0., 1.]])
+    """
+    if inverse:
+        cos, sin = _inverse("rope", cos, sin, adjoint)
+    result = _core.rope_arrays(x, cos, sin, layout, axis, positions, bool(adjoint), out)
+    if result is not NotImplemented:
+        return result
+    one_of("rope", "layout", layout, _LAYOUTS)
+    table = _planar_table("rope", cos, sin, positions, adjoint)
+    return _plan("rope", "x", x, _LAYOUTS[layout], table, axis, "out", out).run()
+
+
+def rope_qk(
+    q,
+    k,
+    cos,
+    sin,
+    *,
+    layout="half",
+    axis=-2,
+    positions=None,
+    inverse=False,
+    adjoint=False,
+    out=None,
+):
+    """
+    Rotate queries and keys in one call; their head counts may differ.
+
+    Parameters
+    ----------
+    q, k : array_like, shape (..., head_dim)
+        Queries and keys, as x of `rope`; grouped-query attention has fewer keys.
+    cos, sin : array_like
+        The table for both, as in `rope`.
+    layout, axis, positions, inverse, adjoint
+        As in `rope`.
+    out : pair of ndarray, optional
+        Where the two results go; ``out=(q, k)`` rotates in place.
+
+    Returns
+    -------
+    q, k : ndarray
+        The rotated queries and keys; those of `out` if it was given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `rope` does; also if `out` is not a pair, or its arrays overlap each
+        other. Nothing has been written.
+
+    See Also
+    --------
+    rope : One array; the full description.
+
+    References
+    ----------
+    .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
+       Embedding", 2021, eq. 34. https://arxiv.org/abs/2104.09864
+
+    Examples
+    --------
+    >>> import numpy as np, posenc
+    >>> cos, sin = posenc.rope_table(range(5), posenc.rope_inv_freq(8)[0])
+    >>> q = np.ones((2, 4, 5, 8), np.float32)  # batch, heads, tokens, channels
+    >>> k = np.ones((2, 1, 5, 8), np.float32)
+    >>> q, k = posenc.rope_qk(q, k, cos, sin, out=(q, k))
+    >>> k.shape
+    (2, 1, 5, 8)
+    """
+    if inverse:
+        cos, sin = _inverse("rope_qk", cos, sin, adjoint)
+    q_out, k_out = _pair("rope_qk", out)
+    result = _core.rope_qk_arrays(
+        q, k, cos, sin, layout, axis, positions, bool(adjoint), q_out, k_out
+    )
+    if result is not NotImplemented:
+        return result
+    one_of("rope_qk", "layout", layout, _LAYOUTS)
+    table = _planar_table("rope_qk", cos, sin, positions, adjoint)
+    gufunc = _LAYOUTS[layout]
+    plans = [
+        _plan("rope_qk", "q", q, gufunc, table, axis, "out[0]", q_out),
+        _plan("rope_qk", "k", k, gufunc, table, axis, "out[1]", k_out),
+    ]
+    if _share_memory(q_out, k_out):
+        rule = "hold two arrays that do not overlap"
+        raise ValueError(must("rope_qk", "out", rule, "overlapping arrays"))
+    # The first result must not change what the second reads.
+    second = plans[1].apart_from(q_out)
+    return plans[0].run(), second.run()
+
+
+def rope_complex(
+    x, cis, *, axis=-2, positions=None, inverse=False, adjoint=False, out=None
+):
+    """
+    Rotate consecutive channel pairs by complex multiplication.
+
+    The channels (2i, 2i + 1) of x are read as one complex number and multiplied by
+    the table; the result equals that of `rope` with ``layout='interleaved'``.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., head_dim)
+        Queries or keys, real, float32 or float64.
+    cis : array_like of complex, shape (T, M), (B, T, M) or as many axes as x
+        ``cos + 1j * sin`` of the angles, ``2 * M <= head_dim``, from `rope_cis`.
+    axis, positions, inverse, adjoint, out
+        As in `rope`.
+
+    Returns
+    -------
+    ndarray, shape (..., head_dim)
+        The rotated x, real; dtype and memory order as in `rope`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `rope` does.
+
+    See Also
+    --------
+    rope_cis : Make the table.
+
+    References
+    ----------
+    .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
+       Embedding", 2021, eq. 12. https://arxiv.org/abs/2104.09864
+
+    Examples
+    --------
+    >>> import posenc
+    >>> posenc.rope_complex([[1.0, 0.0]], [[1j]])
+    array([[0., 1.]])
+    """
+    if inverse:
+        cis = _inverse_complex(cis, adjoint)
+    result = _core.rope_complex_arrays(x, cis, axis, positions, bool(adjoint), out)
+    if result is not NotImplemented:
+        return result
+    cis = _as_array("rope_complex", "cis", cis)
+    if cis.dtype not in (np.complex64, np.complex128):
+        rule = "be complex64 or complex128"
+        raise TypeError(must("rope_complex", "cis", rule, f"dtype {cis.dtype}"))
+    if adjoint:
+        cis = np.conj(cis)
+    table = _gather("rope_complex", ("cis",), [cis], positions)
+    gufunc = _core.rope_complex
+    return _plan("rope_complex", "x", x, gufunc, table, axis, "out", out).run()
+
+
+def rope_table(
+    positions,
+    inv_freq,
+    *,
+    attention_factor=1.0,
+    angles="exact",
+    dtype=np.float32,
+    out=None,
+):
+    """
+    Tabulate the cosines and sines of position times frequency.
+
+    An entry depends on its own position, frequency and factor only, so tables made
+    in pieces, or for one decoded token, agree bit for bit.
+
+    Parameters
+    ----------
+    positions : array_like, shape (...)
+        Token positions: whole or fractional, of either sign.
+    inv_freq : array_like, shape (M,)
+        Radians per token of each pair, from `rope_inv_freq`.
+    attention_factor : float, default 1.0
+        Multiplies cosines and sines.
+    angles : {'exact', 'float32'}, default 'exact'
+        ``'exact'`` takes positions and frequencies as exact numbers. ``'float32'``
+        rounds the frequency, the product, cosine and sine, and their product with
+        the factor to float32, as transformers does: what a checkpoint was trained
+        with, wrong by 3e-3 at position 131072.
+    dtype : dtype, default float32
+        float32 or float64.
+    out : pair of ndarray, shape (..., M), optional
+        Where cosines and sines go, of that dtype.
+
+    Returns
+    -------
+    cos, sin : ndarray, shape (..., M)
+        The table; `out` if it was given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong kind, `inv_freq` has not one axis, or `out`
+        does not fit.
+
+    See Also
+    --------
+    rope_inv_freq : The frequencies.
+    rope : Use the table.
+    rope_cis : The same as one complex table.
+
+    Notes
+    -----
+    Exact float32 entries are within 0.501 ulp of
+    ``attention_factor * cos(position * inv_freq)``, float64 entries within 1 ulp,
+    for every finite input and also where the value is next to zero.
+
+    References
+    ----------
+    .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
+       Embedding", 2021, eq. 15. https://arxiv.org/abs/2104.09864
+    .. [2] Payne and Hanek, "Radian Reduction for Trigonometric Functions", 1983.
+       https://doi.org/10.1145/1057600.1057602
+
+    Examples
+    --------
+    >>> import posenc
+    >>> cos, sin = posenc.rope_table([0, 1, 1000000], [1.0])
+    >>> cos.ravel()
+    array([1.        , 0.5403023 , 0.93675214], dtype=float32)
+    """
+    dtype = real_dtype("rope_table", dtype)
+    positions = real_array("rope_table", "positions", positions)
+    inv_freq = real_array("rope_table", "inv_freq", inv_freq)
+    cos_out, sin_out = _pair("rope_table", out)
+    shape = positions.shape + inv_freq.shape
+    cos = _table_result("rope_table", "out[0]", cos_out, shape, dtype)
+    sin = _table_result("rope_table", "out[1]", sin_out, shape, dtype)
+    if _share_memory(cos_out, sin_out):
+        rule = "hold two arrays that do not overlap"
+        raise ValueError(must("rope_table", "out", rule, "overlapping arrays"))
+    _fill_table("rope_table", positions, inv_freq, attention_factor, angles, cos, sin)
+    return cos, sin
+
+
+def rope_cis(
+    positions,
+    inv_freq,
+    *,
+    attention_factor=1.0,
+    angles="exact",
+    dtype=np.complex64,
+    out=None,
+):
+    """
+    Tabulate exp(1j * position * frequency), the complex form of `rope_table`.
+
+    Parameters
+    ----------
+    positions : array_like, shape (...)
+        Token positions: whole or fractional, of either sign.
+    inv_freq : array_like, shape (M,)
+        Radians per token of each pair, from `rope_inv_freq`.
+    attention_factor, angles
+        As in `rope_table`.
+    dtype : dtype, default complex64
+        complex64 or complex128.
+    out : ndarray, shape (..., M), optional
+        Where the table goes, of that dtype.
+
+    Returns
+    -------
+    ndarray, shape (..., M)
+        ``cos + 1j * sin``, both as exact as in `rope_table`; `out` if given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `rope_table` does.
+
+    See Also
+    --------
+    rope_complex : Use the table.
+
+    References
+    ----------
+    .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
+       Embedding", 2021, eq. 12. https://arxiv.org/abs/2104.09864
+
+    Examples
+    --------
+    >>> import posenc
+    >>> posenc.rope_cis([0, 1], [1.0]).shape
+    (2, 1)
+    """
+    try:
+        dtype = np.dtype(dtype)
+        real = {np.dtype(c): r for r, c in _COMPLEX.items()}[dtype]
+    except (TypeError, KeyError):
+        rule = "be complex64 or complex128"
+        raise TypeError(must("rope_cis", "dtype", rule, repr(dtype))) from None
+    positions = real_array("rope_cis", "positions", positions)
+    inv_freq = real_array("rope_cis", "inv_freq", inv_freq)
+    shape = positions.shape + inv_freq.shape
+    cis = _table_result("rope_cis", "out", out, shape, dtype)
+    cos, sin = cis.view(np.ndarray).real, cis.view(np.ndarray).imag
+    if real != cos.dtype:  # a byte-swapped result: by way of a native one
+        cis[...] = rope_cis(
+            positions,
+            inv_freq,
+            attention_factor=attention_factor,
+            angles=angles,
+            dtype=dtype,
+        )
+        return cis
+    _fill_table("rope_cis", positions, inv_freq, attention_factor, angles, cos, sin)
+    return cis
+
+
+def rope_matrix(position, inv_freq, *, layout="half"):
+    """
+    Return the rotation of one head as a dense matrix, to read and to check against.
+
+    Parameters
+    ----------
+    position : array_like, shape (...)
+        Token positions.
+    inv_freq : array_like, shape (M,)
+        Radians per token of each pair.
+    layout : {'half', 'interleaved'}, default 'half'
+        How channels are paired, as in `rope`.
+
+    Returns
+    -------
+    ndarray, shape (..., 2 * M, 2 * M)
+        R in float64, with ``R @ x == rope(x, cos, sin)`` for a column x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong kind or `layout` is unknown.
+
+    See Also
+    --------
+    rope : The same in O(M).
+
+    References
+    ----------
+    .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
+       Embedding", 2021, eq. 15. https://arxiv.org/abs/2104.09864
+
+    Examples
+    --------
+    >>> import posenc
+    >>> posenc.rope_matrix(1, [1.0]).round(3)
+    array([[ 0.54 , -0.841],
+           [ 0.841,  0.54 ]])
+    """
+    one_of("rope_matrix", "layout", layout, _LAYOUTS)
+    position = real_array("rope_matrix", "position", position)
+    inv_freq = real_array("rope_matrix", "inv_freq", inv_freq)
+    cos = np.empty(position.shape + inv_freq.shape)
+    sin = np.empty_like(cos)
+    _fill_table("rope_matrix", position, inv_freq, 1.0, "exact", cos, sin)
+    n_pair = inv_freq.size
+    pair = np.arange(n_pair)
+    first, second = (
+        (pair, pair + n_pair) if layout == "half" else (2 * pair, 2 * pair + 1)
+    )
+    matrix = np.zeros((*position.shape, 2 * n_pair, 2 * n_pair))
+    matrix[..., first, first] = matrix[..., second, second] = cos
+    matrix[..., first, second], matrix[..., second, first] = -sin, sin
+    return matrix
+
+
+def permute_layout(w, head_dim, *, to, axis=0, rotary_dim=None):
+    """
+    Reorder the channels of each head from one pair layout to the other.
+
+    Scores q @ k do not change when both are permuted, so projection weights trained
+    for one layout serve the other after this.
+
+    Parameters
+    ----------
+    w : array_like
+        Rows of a projection weight, (n_head * head_dim, hidden), or its bias, or
+        activations with ``axis=-1``. Any dtype.
+    head_dim : int
+        Channels per head; divides the size along `axis`.
+    to : {'half', 'interleaved'}
+        The layout to arrive at; w is in the other.
+    axis : int, default 0
+        The axis that holds the channels of all heads.
+    rotary_dim : int, optional
+        Rotated channels at the start of each head, even, if fewer than head_dim;
+        the others stay where they are.
+
+    Returns
+    -------
+    ndarray
+        A permuted copy of w.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong kind, a size does not divide, or `to` is
+        unknown.
+
+    See Also
+    --------
+    rope : What the layouts mean.
+
+    References
+    ----------
+    .. [1] Touvron et al., "LLaMA: Open and Efficient Foundation Language Models",
+       2023, whose weights are interleaved; transformers stores them as halves.
+       https://arxiv.org/abs/2302.13971
+
+    Examples
+    --------
+    >>> import posenc
+    >>> posenc.permute_layout([0, 1, 2, 3, 4, 5], 6, to="half")
+    array([0, 2, 4, 1, 3, 5])
+    """
+    here = "permute_layout"
+    one_of(here, "to", to, _LAYOUTS)
+    w = _as_array(here, "w", w)
+    head_dim = whole_number(here, "head_dim", head_dim, 2)
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    rotary_dim = whole_number(here, "rotary_dim", rotary_dim, 2)
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        rule = f"be even and at most head_dim = {head_dim}"
+        raise ValueError(must(here, "rotary_dim", rule, rotary_dim))
+    axis = whole_number(here, "axis", axis, -w.ndim)
+    if axis >= w.ndim:
+        raise ValueError(must(here, "axis", f"be less than {w.ndim}", axis))
+    if w.shape[axis] % head_dim:
+        rule = f"have a multiple of head_dim = {head_dim} channels along axis {axis}"
+        raise ValueError(must(here, "w", rule, f"shape {w.shape}"))
+    pairs = np.arange(rotary_dim).reshape(-1, 2).T  # half reads these channels
+    order = pairs.ravel() if to == "half" else np.argsort(pairs.ravel())
+    head = np.concatenate([order, np.arange(rotary_dim, head_dim)])
+    starts = np.arange(0, w.shape[axis], head_dim)
+    return np.take(w, (starts[:, None] + head).ravel(), axis=axis)
+
+
+class _Plan(NamedTuple):
+    """A checked call of a gufunc, which is not to fail any more."""
+
+    gufunc: np.ufunc
+    x: np.ndarray
+    table: list
+    out: np.ndarray | None
+
+    def run(self):
+        """Return the rotated x."""
+        if self.out is None:
+            return self.gufunc(self.x, *self.table)
+        return self.gufunc(self.x, *self.table, out=self.out)
+
+    def apart_from(self, written):
+        """Return the plan with copies of what shares memory with `written`."""
+        x = self.x.copy() if _share_memory(self.x, written) else self.x
+        table = [t.copy() if _share_memory(t, written) else t for t in self.table]
+        return self._replace(x=x, table=table)
+
+
+def _plan(function, x_name, x, gufunc, table, axis, out_name, out):
+    """Check one rotation and bring its operands to one dtype and rank."""
+    x = _as_array(function, x_name, x)
+    _real_kind(function, x_name, x.dtype)
+    if x.ndim == 0:
+        raise ValueError(must(function, x_name, "have at least one axis", "shape ()"))
+    name, first = next(iter(table.items()))
+    if 2 * first.shape[-1] > x.shape[-1]:
+        rule = f"hold at most head_dim // 2 = {x.shape[-1] // 2} angles"
+        raise ValueError(must(function, name, rule, first.shape[-1]))
+    dtype = np.result_type(x.dtype, first.real.dtype, *(t.dtype for t in table.values()))
+    dtype = np.dtype(dtype.char.lower()) if dtype.kind == "c" else dtype
+    dtype = dtype if dtype.kind == "f" else np.dtype(np.float64)
+    if out is not None:
+        if not isinstance(x, np.ndarray):
+            rule = f"be None for {x_name} of type {type(x).__name__}"
+            raise TypeError(must(function, out_name, rule, type(out).__name__))
+        out_array(function, out, x.shape, dtype, out_name)
+    kinds = {"cis": _COMPLEX[dtype]}
+    operands = [
+        _like_x(function, name, t.astype(kinds.get(name, dtype), copy=False), x, axis)
+        for name, t in table.items()
+    ]
+    return _Plan(gufunc, x.astype(dtype, copy=False), operands, out)
+
+
+def _like_x(function, name, table, x, axis):
+    """Give a table as many axes as x: (T, M) and (B, T, M) by their rule."""
+    axis = whole_number(function, "axis", axis, min(-x.ndim, -2))
+    if x.ndim > 1 and axis not in (*range(x.ndim - 1), *range(-x.ndim, -1)):
+        raise ValueError(must(function, "axis", "name an axis of x but its last", axis))
+    axis %= x.ndim
+    shape = table.shape
+    if table.ndim != x.ndim and table.ndim in (2, 3):
+        shape = [1] * x.ndim
+        shape[-1] = table.shape[-1]
+        shape[axis] = table.shape[-2]
+        if table.ndim == 3:
+            shape[0] = table.shape[0] if axis > 0 else -1
+        if table.shape[-2] != x.shape[axis]:
+            shape = []
+    pairs = zip(shape[:-1], x.shape[:-1], strict=False)
+    if len(shape) != x.ndim or any(a not in (1, b) for a, b in pairs):
+        rule = (
+            f"be of shape (T, M) or (B, T, M), or broadcast, for an x of shape "
+            f"{x.shape} with T along axis {axis}"
+        )
+        raise ValueError(must(function, name, rule, f"shape {table.shape}"))
+    return table.reshape(shape)
+
+
+def _planar_table(function, cos, sin, positions, adjoint):
+    """Check cosines and sines; return them by name, gathered by positions."""
+    cos = _as_array(function, "cos", cos)
+    sin = _as_array(function, "sin", sin)
+    for name, part in (("cos", cos), ("sin", sin)):
+        _real_kind(function, name, part.dtype)
+    if cos.shape != sin.shape:
+        rule = f"have the shape of cos, {cos.shape}"
+        raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
+    dtype = np.result_type(cos.dtype, sin.dtype)
+    dtype = dtype if dtype.kind == "f" else np.float64
+    if adjoint:
+        sin = -sin.astype(dtype, copy=False)
+    return _gather(function, ("cos", "sin"), [cos, sin], positions)
+
+
+def _gather(function, names, parts, positions):
+    """Return the parts of a table by name, with the rows that positions choose."""
+    if parts[0].ndim == 0:
+        raise ValueError(must(function, names[0], "have at least one axis", "shape ()"))
+    if positions is not None:
+        positions = _row_numbers(function, names[0], parts[0], positions)
+        parts = [part[positions] for part in parts]
+    return dict(zip(names, parts, strict=True))
+
+
+def _row_numbers(function, name, table, positions):
+    """Check the row numbers that are to be gathered from a table."""
+    if table.ndim != 2:
+        rule = "have shape (P, M) when positions are given"
+        raise ValueError(must(function, name, rule, f"shape {table.shape}"))
+    positions = _as_array(function, "positions", positions)
+    if positions.dtype.kind not in "iu":
+        got = f"dtype {positions.dtype}"
+        raise TypeError(must(function, "positions", "be whole numbers", got))
+    positions = np.asarray(positions)
+    outside = (positions < 0) | (positions >= table.shape[0])
+    if outside.any():
+        index = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(outside)))
+        rule = f"lie in [0, {table.shape[0]}), the rows of {name}"
+        got = f"{np.atleast_1d(positions)[index]} at index {index}"
+        raise ValueError(must(function, "positions", rule, got))
+    return positions
+
+
+def _as_array(function, parameter, value):
+    """Return an array, or whatever NumPy's functions dispatch on."""
+    if type(value).__module__.partition(".")[0] == "torch":
+        rule = "be a NumPy array or a list"
+        raise TypeError(must(function, parameter, rule, type(value).__name__))
+    if hasattr(value, "__array_ufunc__") and hasattr(value, "ndim"):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError:
+        got = type(value).__name__
+        raise ValueError(
+            must(function, parameter, "be one array of numbers", got)
+        ) from None
+
+
+def _real_kind(function, parameter, dtype):
+    """Raise unless numbers of this dtype can be rotated."""
+    if dtype.kind in "biu" or (dtype.kind == "f" and dtype.itemsize in (4, 8)):
+        return
+    rule = "be float32 or float64"
+    raise TypeError(must(function, parameter, rule, f"dtype {dtype}"))
+
+
+def _inverse(function, cos, sin, adjoint):
+    """Return the table whose rotations undo those of (cos, sin)."""
+    _not_both(function, adjoint)
+    cos = _as_array(function, "cos", cos)
+    sin = _as_array(function, "sin", sin)
+    for name, part in (("cos", cos), ("sin", sin)):
+        _real_kind(function, name, part.dtype)
+    if cos.shape != sin.shape:
+        rule = f"have the shape of cos, {cos.shape}"
+        raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
+    dtype = np.result_type(cos.dtype, sin.dtype)
+    dtype = dtype if dtype.kind == "f" else np.float64
+    cos, sin = cos.astype(np.float64), sin.astype(np.float64)
+    with np.errstate(all="ignore"):
+        square = cos * cos + sin * sin
+        return (cos / square).astype(dtype), (-sin / square).astype(dtype)
+
+
+def _inverse_complex(cis, adjoint):
+    """Return the complex table whose products undo those of cis."""
+    _not_both("rope_complex", adjoint)
+    cis = _as_array("rope_complex", "cis", cis)
+    if cis.dtype not in (np.complex64, np.complex128):
+        rule = "be complex64 or complex128"
+        raise TypeError(must("rope_complex", "cis", rule, f"dtype {cis.dtype}"))
+    cos, sin = _inverse("rope_complex", cis.real, cis.imag, False)
+    return (cos + 1j * sin).astype(cis.dtype)
+
+
+def _not_both(function, adjoint):
+    """Refuse inverse together with adjoint."""
+    if adjoint:
+        rule = "not be set together with adjoint"
+        raise ValueError(must(function, "inverse", rule, True))
+
+
+def _pair(function, out):
+    """Return the two arrays of an out argument, or two None."""
+    if out is None:
+        return None, None
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        raise TypeError(must(function, "out", "be a pair of arrays", repr(type(out))))
+    return out
+
+
+def _share_memory(a, b):
+    """Tell whether two arrays hold a byte in common; None shares nothing."""
+    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+        return False
+    return np.shares_memory(a, b)
+
+
+def _table_result(function, parameter, out, shape, dtype):
+    """Return a new array for a table, or `out` after checking it."""
+    if out is None:
+        return np.empty(shape, dtype)
+    out_array(function, out, shape, dtype, parameter)
+    return out
+
+
+def _fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin):
+    """Write a table; its arrays have been checked."""
+    one_of(function, "angles", angles, _ANGLES)
+    factor = real_number(function, "attention_factor", attention_factor)
+    if inv_freq.ndim != 1:
+        got = f"shape {inv_freq.shape}"
+        raise ValueError(must(function, "inv_freq", "have one axis", got))
+    recipe = angles == "float32"
+    done = _core.cos_sin_arrays(positions, inv_freq, factor, recipe, cos, sin)
+    if done is NotImplemented:
+        fresh = [np.empty(part.shape, part.dtype.newbyteorder("=")) for part in (cos, sin)]
+        positions, inv_freq = positions.copy(), inv_freq.copy()
+        _core.cos_sin_arrays(positions, inv_freq, factor, recipe, *fresh)
+        cos[...], sin[...] = fresh

@@ -1,0 +1,30 @@
+"""
+The raw gufuncs, for composition and for dask.
+
+They broadcast, take ``out=``, ``axes=`` and ``dtype=``, keep array subclasses, and
+run chunk by chunk on dask arrays. Their functions in `posenc` add names, defaults
+and checks, and are faster on plain arrays.
+
+============================  =======================  ==================================
+``rope_half(x, cos, sin)``    ``(n),(m),(m)->(n)``     pairs ``(i, i + m)``
+``rope_interleaved(x, cos,    ``(n),(m),(m)->(n)``     pairs ``(2*i, 2*i + 1)``
+sin)``
+``rope_complex(x, cis)``      ``(n),(m)->(n)``         the same, by a complex table
+``cos_sin(position,           ``(),(m)->(m),(m)``      exact angles; the type of
+inv_freq)``                                            `inv_freq` unless ``dtype=`` or
+                                                       ``out=`` says other
+============================  =======================  ==================================
+
+Examples
+--------
+>>> import numpy as np
+>>> from posenc import ufunc
+>>> cos, sin = ufunc.cos_sin(np.arange(3.0), np.array([1.0, 0.1]))
+>>> ufunc.rope_half(np.ones((3, 4)), cos, sin).shape
+(3, 4)
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+from ._core import cos_sin, rope_complex, rope_half, rope_interleaved
+
+__all__ = ["cos_sin", "rope_complex", "rope_half", "rope_interleaved"]

@@ -1,0 +1,206 @@
+"""Write the golden values: cos_sin.json and inv_freq.json, with mpmath alone.
+
+    python tests/golden/make.py            # a few seconds
+
+The numbers come from mpmath; posenc is not imported. See README.md beside this file.
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+from mpmath import mp
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from reference import to_hex, true_cos_sin, true_inv_freq  # noqa: E402
+
+SEED = 20240607
+LIMIT = 2.0**31
+MANTISSA = 1 << 53
+
+
+def convergents(value, largest):
+    """Fractions n/k of the continued fraction of `value`, with n <= largest."""
+    before, now = (0, 1), (1, 0)
+    while True:
+        whole = int(mp.floor(value))
+        before, now = now, (whole * now[0] + before[0], whole * now[1] + before[1])
+        if now[0] > largest:
+            return
+        yield now
+        value = 1 / (value - whole)
+
+
+def split(number):
+    """Write `number` as a product of two integers below 2**53; None if not found."""
+    rest, factor, primes = number, 2, []
+    while factor < 40000 and factor * factor <= rest:
+        while rest % factor == 0:
+            primes.append(factor)
+            rest //= factor
+        factor += 1 + (factor > 2)
+    if rest >= MANTISSA:
+        return None
+    left, right = rest, 1
+    for prime in sorted(primes, reverse=True):
+        if right * prime < MANTISSA:
+            right *= prime
+        else:
+            left *= prime
+    return (left, right) if left < MANTISSA else None
+
+
+def distance(position, inv_freq):
+    """How far position * inv_freq is from the nearest multiple of pi/2."""
+    cos, sin = true_cos_sin(position, inv_freq)
+    return min(abs(cos), abs(sin))
+
+
+def whole_number_cases():
+    """Whole positions at inv_freq 1 that lie next to a multiple of pi/2."""
+    with mp.workprec(2000):
+        found = [n for n, _ in convergents(mp.pi / 2, LIMIT - 1)]
+    return [(float(sign * n), 1.0) for n in found[2:] for sign in (1, -1)]
+
+
+def product_cases(count):
+    """Products of two 53-bit numbers next to a multiple of pi/2, |position| < 2**31.
+
+    Convergents n/k of pi / 2**(e+1) make n * 2**e nearly k * pi/2; those whose n is
+    a product of two 53-bit integers give a position and a frequency.
+    """
+    found = []
+    for e in range(-110, 0):
+        with mp.workprec(2000):
+            numerators = [n for n, _ in convergents(mp.ldexp(mp.pi, -e - 1), 1 << 106)]
+        for n in numerators:
+            factors = split(n) if n > 1 << 56 else None
+            if factors is None:
+                continue
+            position = math.ldexp(factors[0], 30 - factors[0].bit_length())
+            inv_freq = math.ldexp(factors[1], e - 30 + factors[0].bit_length())
+            found.append((position, inv_freq))
+    return sorted(set(found), key=lambda pair: distance(*pair))[:count]
+
+
+def huge_frequency_cases():
+    """Doubles of any size next to a multiple of pi/2, at positions 0.5, 1, 1024."""
+    found = []
+    for e in range(971):
+        with mp.workprec(2400):
+            numerators = [n for n, _ in convergents(mp.ldexp(mp.pi, -e - 1), MANTISSA)]
+        found += [(1.0, math.ldexp(n, e)) for n in numerators[-2:] if n > 1]
+    best = sorted(set(found), key=lambda pair: distance(*pair))[:8]
+    return best + [(scale * p, f / scale) for p, f in best[:4] for scale in (0.5, 1024)]
+
+
+def ordinary_cases(rng):
+    """Whole and fractional positions of every size, at frequencies of real models."""
+    pairs = []
+    for theta in (1e4, 5e5, 1e6):
+        for i in (0, 1, 7, 31, 32, 63):
+            inv_freq = theta ** (-i / 64)
+            size = 2.0 ** rng.uniform(0, 31)
+            pairs.append((float(rng.randrange(2**31)), inv_freq))
+            pairs.append((float(-rng.randrange(int(size) + 1)), inv_freq))
+            pairs.append((rng.uniform(-size, size), inv_freq))
+            pairs.append((rng.uniform(-LIMIT, LIMIT), inv_freq))
+    return pairs
+
+
+def extreme_cases():
+    """Frequencies from the least subnormal to 1e300, positions to both ends."""
+    frequencies = (1e300, 1.7e308, 1e100, 1e22, 1e-40, 1e-300, 2.5e-310, 5e-324)
+    positions = (1.0, -0.1, 2147483647.0, -2147483647.9999998, 1e-300)
+    return [(p, f) for f in frequencies for p in positions] + [
+        (0.0, 1.0),
+        (3.0, 0.0),
+        (12345.678, -0.3),
+    ]
+
+
+def factor_cases(rng):
+    """Attention factors of YaRN and LongRoPE, and a few that no model has."""
+    factors = (
+        1.3465735902799727,
+        1.138629436111989,
+        1.1902380714238083,
+        0.7,
+        3e7,
+        1e-9,
+    )
+    return [
+        (rng.uniform(-LIMIT, LIMIT), 1e4 ** (-rng.randrange(64) / 64), factor)
+        for factor in factors
+        for _ in range(4)
+    ] + [
+        *((411557987.0, 1.0, factor) for factor in factors),
+        *((0.1, f, factor) for f in (2.5e-310, 1e-312, 5e-324) for factor in factors),
+    ]
+
+
+def cos_sin_cases():
+    """All groups, each as triples (position, inv_freq, attention_factor)."""
+    rng = random.Random(SEED)
+    groups = {
+        "ordinary": ordinary_cases(rng),
+        "whole positions next to a multiple of pi/2": whole_number_cases(),
+        "products next to a multiple of pi/2": product_cases(40),
+        "huge frequencies next to a multiple of pi/2": huge_frequency_cases(),
+        "extreme frequencies": extreme_cases(),
+    }
+    cases = {
+        name: [(*pair, 1.0) for pair in dict.fromkeys(pairs)]
+        for name, pairs in groups.items()
+    }
+    cases["attention factors"] = factor_cases(rng)
+    return cases
+
+
+def cos_sin_row(position, inv_freq, factor):
+    """One line of cos_sin.json: the three doubles, then the two true values."""
+    cos, sin = true_cos_sin(position, inv_freq, factor)
+    return [position.hex(), inv_freq.hex(), factor.hex(), to_hex(cos), to_hex(sin)]
+
+
+def inv_freq_cases():
+    """Cases of inv_freq.json as keyword arguments of `true_inv_freq`."""
+    for theta in (1e4, 5e5, 1e6):
+        for dim in (2, 64, 80, 128):
+            yield {"dim": dim, "theta": theta}
+        yield {"dim": 128, "theta": theta, "factor": 4.0}
+        yield {"dim": 96, "theta": theta, "factor": 2.5}
+        yield {"dim": 128, "theta": theta, "alpha": 8.0}
+        yield {"dim": 64, "theta": theta, "alpha": 1.7}
+
+
+def inv_freq_row(case):
+    """One entry of inv_freq.json: the case, then the nearest double of each value."""
+    return {**case, "inv_freq": [float(v).hex() for v in true_inv_freq(**case)]}
+
+
+def write(name, rows):
+    """Write rows of JSON, one per line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    (HERE / name).write_text(f"[\n{lines}\n]\n")
+
+
+def main():
+    """Write both files."""
+    rows = []
+    for name, cases in cos_sin_cases().items():
+        rows += [[name, *cos_sin_row(*case)] for case in cases]
+        nearest = min(distance(*case[:2]) for case in cases)
+        print(f"{len(cases):4d} {name}; nearest to zero {mp.nstr(nearest, 3)}")
+    write("cos_sin.json", rows)
+    write("inv_freq.json", [inv_freq_row(case) for case in inv_freq_cases()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Slow, obvious references: each formula as the paper or the library prints it.
+
+Nothing here imports posenc.
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+
+import math
+
+import mpmath
+import numpy as np
+from mpmath import mp
+
+# Bits kept beyond the exact product of two doubles (106 bits) and its exponent. A
+# product that cancels against a multiple of pi/2 loses at most about 106 bits and
+# a few more; what is left is still far more than any assertion needs.
+GUARD_BITS = 320
+
+
+# --- rotations -----------------------------------------------------------------------
+
+
+def one_nan(array):
+    """Give every NaN the same bits: positive, quiet, no payload."""
+    return np.where(np.isnan(array), array.dtype.type(np.nan), array)
+
+
+def half(x, cos, sin):
+    """Rotate (x_i, x_{i+m}); every product and every sum is rounded by itself."""
+    n_pair = cos.shape[-1]
+    first, second = x[..., :n_pair], x[..., n_pair : 2 * n_pair]
+    with np.errstate(all="ignore"):
+        a = one_nan(first * cos - second * sin)
+        b = one_nan(second * cos + first * sin)
+    tail = np.broadcast_to(
+        x[..., 2 * n_pair :], (*a.shape[:-1], x.shape[-1] - 2 * n_pair)
+    )
+    return np.concatenate([a, b, tail], axis=-1)
+
+
+def interleaved(x, cos, sin):
+    """Rotate (x_{2i}, x_{2i+1}); every product and every sum is rounded by itself."""
+    n_pair = cos.shape[-1]
+    even, odd = x[..., 0 : 2 * n_pair : 2], x[..., 1 : 2 * n_pair : 2]
+    with np.errstate(all="ignore"):
+        a = one_nan(even * cos - odd * sin)
+        b = one_nan(odd * cos + even * sin)
+    pairs = np.stack([a, b], axis=-1).reshape((*a.shape[:-1], 2 * n_pair))
+    tail = np.broadcast_to(
+        x[..., 2 * n_pair :], (*a.shape[:-1], x.shape[-1] - 2 * n_pair)
+    )
+    return np.concatenate([pairs, tail], axis=-1)
+
+
+def complex_product(x, cis):
+    """Multiply consecutive pairs, read as complex numbers, by a complex table."""
+    return interleaved(x, cis.real, cis.imag)
+
+
+ROTATE = {"half": half, "interleaved": interleaved}
+
+
+def place_table(table, x_shape, axis):
+    """Give a (T, M) or (B, T, M) table as many axes as x, by the rule of `rope`."""
+    axis %= len(x_shape)
+    if table.ndim == len(x_shape):
+        return table
+    shape = [1] * len(x_shape)
+    shape[axis], shape[-1] = table.shape[-2:]
+    if table.ndim == 3:
+        shape[0] = table.shape[0]
+    return table.reshape(shape)
+
+
+def rotate(x, cos, sin, layout="half", axis=-2, positions=None):
+    """What `rope` computes, from the rotations above and NumPy's broadcasting."""
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    cos, sin = (place_table(table, x.shape, axis) for table in (cos, sin))
+    return ROTATE[layout](x, cos, sin)
+
+
+# --- angles --------------------------------------------------------------------------
+
+
+def true_cos_sin(position, inv_freq, factor=1.0):
+    """Cosine and sine of position * inv_freq, times factor, as mpmath numbers.
+
+    The three doubles are taken as the binary numbers they are, the product is
+    exact, and the precision grows with its exponent.
+    """
+    exponent = math.frexp(position)[1] + math.frexp(inv_freq)[1]
+    with mp.workprec(max(exponent, 0) + 106 + GUARD_BITS):
+        cos, sin = mp.cos_sin(mp.mpf(position) * mp.mpf(inv_freq))
+        return mp.mpf(factor) * cos, mp.mpf(factor) * sin
+
+
+def ulp_error(got, true, dtype):
+    """Distance from `got` to the mpmath number `true`, in ulp of `true`."""
+    kind = np.finfo(dtype)
+    with mp.workprec(106 + GUARD_BITS):
+        exponent = mp.frexp(true)[1] - 1 if true else kind.minexp
+        ulp = mp.ldexp(1, max(exponent, int(kind.minexp)) - kind.nmant)
+        return float(abs(mp.mpf(float(got)) - true) / ulp)
+
+
+def worst_ulp(cos, sin, positions, inv_freq, factor=1.0):
+    """Largest error of tables (*positions.shape, M) over all entries, by mpmath."""
+    worst = 0.0
+    for index in np.ndindex(cos.shape):
+        true = true_cos_sin(
+            float(positions[index[:-1]]), float(inv_freq[index[-1]]), factor
+        )
+        for table, value in zip((cos, sin), true, strict=True):
+            worst = max(worst, ulp_error(table[index], value, table.dtype))
+    return worst
+
+
+def has_extended_precision():
+    """Whether long double has the 64-bit significand that `extended_cos_sin` needs."""
+    return np.finfo(np.longdouble).nmant >= 63
+
+
+def _half_pi_parts():
+    """Split pi/2 into three parts of 32 bits and a rest of 64: k times one is exact."""
+    with mp.workprec(400):
+        rest, parts = mp.pi / 2, []
+        for bits in (31, 63, 95):
+            part = mp.floor(mp.ldexp(rest, bits))
+            parts.append(np.ldexp(np.longdouble(int(part)), -bits))
+            rest -= mp.ldexp(part, -bits)
+        high = int(mp.floor(mp.ldexp(rest, 158)))
+        parts.append(np.ldexp(np.longdouble(np.uint64(high)), -158))
+    return parts
+
+
+def _two_sum(a, b):
+    """Return the rounded sum of a and b, and what the rounding lost."""
+    total = a + b
+    shadow = total - a
+    return total, (a - (total - shadow)) + (b - shadow)
+
+
+def extended_cos_sin(positions, inv_freq):
+    """Cosine and sine for |position * inv_freq| < 2**31, vectorised, in long double.
+
+    The product is exact (Dekker), k * pi/2 is taken off in parts whose products
+    with k < 2**31 are exact, and the sums keep what they lose: the reduced angle is
+    within 2**-120. Near a multiple of pi/2 the relative error is then 2**-120 over
+    the angle, elsewhere that of the C library's cosl and sinl, 2**-63: below 2**-8
+    ulp of a double, 2**-37 ulp of a float.
+    """
+    high = np.multiply(positions, inv_freq, dtype=np.longdouble)
+    p_top = positions.astype(np.float32).astype(np.float64)
+    f_top = inv_freq.astype(np.float32).astype(np.float64)
+    p_low, f_low = positions - p_top, inv_freq - f_top
+    long = np.longdouble
+    low = p_top.astype(long) * f_top - high
+    low = low + p_top.astype(long) * f_low
+    low = low + p_low.astype(long) * f_top
+    low = low + p_low.astype(long) * f_low
+    one, two, three, four = _half_pi_parts()
+    k = np.rint(high / (one + two))
+    angle, lost = high - k * one, -k * four
+    for part in (-k * two, low, -k * three):
+        angle, error = _two_sum(angle, part)
+        lost = lost + error
+    angle = angle + lost
+    cos, sin = np.cos(angle), np.sin(angle)
+    quadrant = k.astype(np.int64) & 3
+    swap = (quadrant & 1).astype(bool)
+    true_cos = np.where(swap, sin, cos) * np.where((quadrant + 1) & 2, -1, 1)
+    true_sin = np.where(swap, cos, sin) * np.where(quadrant & 2, -1, 1)
+    return true_cos, true_sin
+
+
+def extended_ulp(got, true):
+    """Error of the array `got`, in ulp of the long double array `true`."""
+    kind = np.finfo(got.dtype)
+    exponent = np.maximum(np.frexp(true)[1] - 1, int(kind.minexp)) - kind.nmant
+    return np.abs(got - true) / np.ldexp(np.longdouble(1), exponent)
+
+
+# --- frequencies ---------------------------------------------------------------------
+
+
+def true_inv_freq(dim, theta=10000.0, factor=1.0, alpha=1.0):
+    """theta'**(-2i/dim) / factor with theta' = theta * alpha**(dim / (dim - 2))."""
+    with mp.workprec(200):
+        base = mp.mpf(theta)
+        if alpha != 1.0:
+            base *= mp.power(alpha, mp.mpf(dim) / (dim - 2))
+        powers = [mp.power(base, -mp.mpf(i) / dim) for i in range(0, dim, 2)]
+        return [power / mp.mpf(factor) for power in powers]
+
+
+# --- numbers as text -----------------------------------------------------------------
+
+
+def to_hex(value, bits=160):
+    """Write an mpmath number as an exact hexadecimal float, rounded to `bits` bits."""
+    with mp.workprec(bits):
+        mantissa, exponent = mpmath.mpf(+value).man_exp
+    return f"{'-' if value < 0 else ''}{abs(mantissa):#x}p{exponent:+d}"
+
+
+def from_hex(text):
+    """Read what `to_hex` wrote."""
+    mantissa, exponent = text.split("p")
+    with mp.workprec(GUARD_BITS):
+        return mp.ldexp(int(mantissa, 16), int(exponent))
+
+
+# --- bits ----------------------------------------------------------------------------
+
+
+def bits(array):
+    """The array's bytes, as unsigned integers of the element's (or half its) size."""
+    array = np.ascontiguousarray(array)
+    size = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
+    return array.astype(array.dtype.newbyteorder("="), copy=False).view(f"u{size}")
+
+
+def same_bits(got, want):
+    """Assert that two arrays agree in shape, type and every bit, -0.0 included."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(bits(got), bits(want))
