@@ -116,6 +116,9 @@ has_distinct_elements(const view *v, npy_intp item_size)
 {
     npy_intp covered = item_size;
     unsigned long long done = 0;
+    if (size_of(v) == 0) {
+        return true;
+    }
     for (int round = 0; round < v->n_axis; round++) {
         int least = -1;
         npy_intp least_step = 0;

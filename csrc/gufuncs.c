@@ -122,23 +122,28 @@ cos_sin_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, voi
 
 /* The rows must be wide enough for the table; 1 and 1 is dask's question. */
 static int
-check_width(const char *name, const npy_intp *core)
+check_width(const char *name, const char *table, const npy_intp *core)
 {
     npy_intp n = core[0], m = core[1];
-    if (2 * m <= n || (n == 1 && m == 1)) {
+    if (m <= n / 2 || (n == 1 && m == 1)) {
         return 0;
     }
     PyErr_Format(PyExc_ValueError,
-                 "%s: cos and sin must hold at most head_dim // 2 angles; got %zd "
-                 "angles for head_dim %zd",
-                 name, (Py_ssize_t)m, (Py_ssize_t)n);
+                 "%s: %s must hold at most head_dim // 2 = %zd angles; got %zd", name,
+                 table, (Py_ssize_t)(n / 2), (Py_ssize_t)m);
     return -1;
 }
 
 static int
-check_rope(PyUFuncObject *ufunc, npy_intp *core)
+check_planar(PyUFuncObject *ufunc, npy_intp *core)
 {
-    return check_width(ufunc->name, core);
+    return check_width(ufunc->name, "cos", core);
+}
+
+static int
+check_complex(PyUFuncObject *ufunc, npy_intp *core)
+{
+    return check_width(ufunc->name, "cis", core);
 }
 
 enum { MAX_LOOP = 4, MAX_ARGUMENT = 4 };
@@ -163,7 +168,7 @@ static gufunc_entry gufuncs[] = {
         .nin = 3,
         .nout = 1,
         .n_loop = 2,
-        .check = check_rope,
+        .check = check_planar,
         .loop = {rope_loop, rope_loop},
         .data = {&half_f32, &half_f64},
         .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, //
@@ -177,7 +182,7 @@ static gufunc_entry gufuncs[] = {
         .nin = 3,
         .nout = 1,
         .n_loop = 2,
-        .check = check_rope,
+        .check = check_planar,
         .loop = {rope_loop, rope_loop},
         .data = {&interleaved_f32, &interleaved_f64},
         .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, //
@@ -190,7 +195,7 @@ static gufunc_entry gufuncs[] = {
         .nin = 2,
         .nout = 1,
         .n_loop = 2,
-        .check = check_rope,
+        .check = check_complex,
         .loop = {rope_complex_loop, rope_complex_loop},
         .data = {&interleaved_f32, &interleaved_f64},
         .types = {NPY_FLOAT, NPY_CFLOAT, NPY_FLOAT, //

@@ -91,6 +91,8 @@ def out_array(function, out, shape, dtype, parameter="out"):
 
 def _may_hold_an_element_twice(array):
     """Tell whether two indices may lead to the same memory."""
+    if array.size == 0:
+        return False
     covered = array.itemsize
     axes = zip(array.strides, array.shape, strict=True)
     for stride, size in sorted((abs(stride), size) for stride, size in axes):

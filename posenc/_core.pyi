@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 from types import NotImplementedType
 from typing import Any, Final
 

@@ -130,8 +130,8 @@ def make_rotation(layout):
 
     def empty(x):
         # Downstream must see the strides of eager's result: the order of x's axes, but
-        # C order where one head or one token leaves that open.
-        if x.shape[1] == 1 or x.shape[2] == 1:
+        # C order where that is as good, as with one head or one token.
+        if x.shape[1] == 1 or x.shape[2] == 1 or x.is_contiguous():
             return torch.empty_like(x, memory_format=torch.contiguous_format)
         return torch.empty_like(x)
 
@@ -214,6 +214,8 @@ def _make_obstacle():
             return GRADIENTS
         if not _shapes_fit(q.shape, k.shape, cos.shape, sin.shape, unsqueeze_dim):
             return "shapes or unsqueeze_dim that posenc does not know"
+        if not (_order_fits(q) and _order_fits(k)):
+            return "a memory order other than that of attention"
         return None
 
     return obstacle
@@ -236,6 +238,12 @@ def _shapes_fit(q, k, cos, sin, unsqueeze_dim):
         and cos[1] == n_token
         and cos[2] == head_dim
     )
+
+
+def _order_fits(x):
+    """Say whether channels are innermost and the batch is outermost in memory."""
+    batch, heads, tokens, channels = x.stride()
+    return channels == 1 and (x.shape[0] == 1 or (batch >= heads and batch >= tokens))
 
 
 def make_tensor_obstacle():

@@ -92,18 +92,24 @@ class Subject:
             after.setdefault("original_max_position_embeddings", old_length)
         return Written(after, before, old_length), length
 
-    def push(self, request):
-        """Add a request if it can be met; change nothing if it cannot."""
-        parameters, length = self.settings([*self.requests, request])
+    def adopt(self, module):
+        """Let a module follow this config; it comes back to the state it is in."""
+        if module not in self.modules:
+            self.modules[module] = _state(module) if self.rewritten else None
+
+    def push(self, *new):
+        """Add requests if they can be met together; change nothing if they cannot."""
+        parameters, length = self.settings([*self.requests, *new])
         rope_type = parameters["rope_type"]
-        if request.length is not None and length < request.length:
+        lengths = [request.length for request in new if request.length is not None]
+        if lengths and lengths[-1] > length:
             name = "max_position_embeddings"
             rule = f"be at most {length} under {rope_type!r}, which more would turn off"
-            raise ValueError(must("patch", name, rule, request.length))
-        if request.exact and rope_type not in EXACT_TYPES:
+            raise ValueError(must("patch", name, rule, lengths[-1]))
+        if any(request.exact for request in new) and rope_type not in EXACT_TYPES:
             rule = "be False unless the rope_type is 'default', 'linear' or 'ntk'"
             raise ValueError(must("patch", "exact", rule, f"True with {rope_type!r}"))
-        self.requests.append(request)
+        self.requests += new
         self.settle()
 
     def drop(self, request):
@@ -168,9 +174,8 @@ def make_constructor(replacement):
     def __init__(self, config, *args, **kwargs):
         with lock:
             subject = subject_of(config) if standing else None
-            for request in standing:
-                if request not in subject.requests:
-                    subject.push(request)
+            if subject is not None:
+                subject.push(*(r for r in standing if r not in subject.requests))
         original(self, config, *args, **kwargs)
         if subject is not None:
             with lock:
@@ -270,7 +275,11 @@ def check_exact(name, module):
 
     inv_freq, _ = exact_frequencies(module.config)
     ours, theirs = torch.from_numpy(inv_freq), module.inv_freq.double().cpu()
-    tolerance = SAME_FREQUENCY_ULP * torch.finfo(module.inv_freq.dtype).eps
+    # They came from float32, and may have been rounded further (model.bfloat16()).
+    eps = max(
+        torch.finfo(dtype).eps for dtype in (torch.float32, module.inv_freq.dtype)
+    )
+    tolerance = SAME_FREQUENCY_ULP * eps
     if ours.shape != theirs.shape or ((ours - theirs).abs() > tolerance * ours).any():
         rule = f"be False: {name}.inv_freq is not what the model's config says"
         raise ValueError(must("patch", "exact", rule, True))

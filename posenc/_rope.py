@@ -140,7 +140,7 @@ def rope_qk(
         Queries and keys, as x of `rope`; grouped-query attention has fewer keys.
     cos, sin : array_like
         The table for both, as in `rope`.
-    layout, axis, positions, inverse, adjoint
+    layout, axis, positions, inverse, adjoint : optional
         As in `rope`.
     out : pair of ndarray, optional
         Where the two results go; ``out=(q, k)`` rotates in place.
@@ -213,7 +213,7 @@ def rope_complex(
         Queries or keys, real, float32 or float64.
     cis : array_like of complex, shape (T, M), (B, T, M) or as many axes as x
         ``cos + 1j * sin`` of the angles, ``2 * M <= head_dim``, from `rope_cis`.
-    axis, positions, inverse, adjoint, out
+    axis, positions, inverse, adjoint, out : optional
         As in `rope`.
 
     Returns
@@ -286,7 +286,7 @@ def rope_table(
         the factor to float32, as transformers does: what a checkpoint was trained
         with, wrong by 3e-3 at position 131072.
     dtype : dtype, default float32
-        float32 or float64.
+        Either float32 or float64.
     out : pair of ndarray, shape (..., M), optional
         Where cosines and sines go, of that dtype.
 
@@ -359,10 +359,10 @@ def rope_cis(
         Token positions: whole or fractional, of either sign.
     inv_freq : array_like, shape (M,)
         Radians per token of each pair, from `rope_inv_freq`.
-    attention_factor, angles
+    attention_factor, angles : optional
         As in `rope_table`.
     dtype : dtype, default complex64
-        complex64 or complex128.
+        Either complex64 or complex128.
     out : ndarray, shape (..., M), optional
         Where the table goes, of that dtype.
 
@@ -573,9 +573,7 @@ def _plan(function, x_name, x, gufunc, table, axis, out_name, out):
     if 2 * first.shape[-1] > x.shape[-1]:
         rule = f"hold at most head_dim // 2 = {x.shape[-1] // 2} angles"
         raise ValueError(must(function, name, rule, first.shape[-1]))
-    dtype = np.result_type(x.dtype, first.real.dtype, *(t.dtype for t in table.values()))
-    dtype = np.dtype(dtype.char.lower()) if dtype.kind == "c" else dtype
-    dtype = dtype if dtype.kind == "f" else np.dtype(np.float64)
+    dtype = _common(x.dtype, *(t.real.dtype for t in table.values()))
     if out is not None:
         if not isinstance(x, np.ndarray):
             rule = f"be None for {x_name} of type {type(x).__name__}"
@@ -623,8 +621,7 @@ def _planar_table(function, cos, sin, positions, adjoint):
     if cos.shape != sin.shape:
         rule = f"have the shape of cos, {cos.shape}"
         raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
-    dtype = np.result_type(cos.dtype, sin.dtype)
-    dtype = dtype if dtype.kind == "f" else np.float64
+    dtype = _common(cos.dtype, sin.dtype)
     if adjoint:
         sin = -sin.astype(dtype, copy=False)
     return _gather(function, ("cos", "sin"), [cos, sin], positions)
@@ -683,9 +680,16 @@ def _real_kind(function, parameter, dtype):
     raise TypeError(must(function, parameter, rule, f"dtype {dtype}"))
 
 
+def _common(*dtypes):
+    """Return the dtype to compute in; whole numbers count as float64."""
+    return np.result_type(*(d if d.kind == "f" else np.float64 for d in dtypes))
+
+
 def _inverse(function, cos, sin, adjoint):
     """Return the table whose rotations undo those of (cos, sin)."""
-    _not_both(function, adjoint)
+    if adjoint:
+        rule = "not be set together with adjoint"
+        raise ValueError(must(function, "inverse", rule, True))
     cos = _as_array(function, "cos", cos)
     sin = _as_array(function, "sin", sin)
     for name, part in (("cos", cos), ("sin", sin)):
@@ -693,8 +697,7 @@ def _inverse(function, cos, sin, adjoint):
     if cos.shape != sin.shape:
         rule = f"have the shape of cos, {cos.shape}"
         raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
-    dtype = np.result_type(cos.dtype, sin.dtype)
-    dtype = dtype if dtype.kind == "f" else np.float64
+    dtype = _common(cos.dtype, sin.dtype)
     cos, sin = cos.astype(np.float64), sin.astype(np.float64)
     with np.errstate(all="ignore"):
         square = cos * cos + sin * sin
@@ -703,20 +706,13 @@ def _inverse(function, cos, sin, adjoint):
 
 def _inverse_complex(cis, adjoint):
     """Return the complex table whose products undo those of cis."""
-    _not_both("rope_complex", adjoint)
     cis = _as_array("rope_complex", "cis", cis)
     if cis.dtype not in (np.complex64, np.complex128):
         rule = "be complex64 or complex128"
         raise TypeError(must("rope_complex", "cis", rule, f"dtype {cis.dtype}"))
-    cos, sin = _inverse("rope_complex", cis.real, cis.imag, False)
-    return (cos + 1j * sin).astype(cis.dtype)
-
-
-def _not_both(function, adjoint):
-    """Refuse inverse together with adjoint."""
-    if adjoint:
-        rule = "not be set together with adjoint"
-        raise ValueError(must(function, "inverse", rule, True))
+    inverted = np.empty_like(cis)
+    inverted.real, inverted.imag = _inverse("rope_complex", cis.real, cis.imag, adjoint)
+    return inverted
 
 
 def _pair(function, out):
@@ -753,7 +749,8 @@ def _fill_table(function, positions, inv_freq, attention_factor, angles, cos, si
     recipe = angles == "float32"
     done = _core.cos_sin_arrays(positions, inv_freq, factor, recipe, cos, sin)
     if done is NotImplemented:
-        fresh = [np.empty(part.shape, part.dtype.newbyteorder("=")) for part in (cos, sin)]
+        native = cos.dtype.newbyteorder("=")
+        fresh = np.empty(cos.shape, native), np.empty(cos.shape, native)
         positions, inv_freq = positions.copy(), inv_freq.copy()
         _core.cos_sin_arrays(positions, inv_freq, factor, recipe, *fresh)
         cos[...], sin[...] = fresh

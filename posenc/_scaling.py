@@ -9,7 +9,7 @@ _HERE = "rope_inv_freq"
 
 
 def _default(dim, theta, dtype):
-    """theta ** (-2 i / dim) for each pair i, in the arithmetic of `dtype`."""
+    """Return theta ** (-2 i / dim) for each pair i, in the arithmetic of `dtype`."""
     exponent = np.arange(0, dim, 2, dtype=dtype) / dtype.type(dim)
     # The power is taken in float64 and rounded: the float32 nearest to it is what
     # a good float32 power gives, whatever library computes it.
@@ -91,7 +91,7 @@ def rope_inv_freq(dim, *, theta=10000.0, scaling=None, seq_len=None, dtype=np.fl
     seq_len : int, optional
         Length of the sequence, for types that depend on it. None of these does.
     dtype : dtype, default float64
-        float64, or float32 for the recipe of transformers: exponents, powers and
+        Either float64, or float32 for the recipe of transformers: exponents, powers and
         quotients each rounded to float32.
 
     Returns

@@ -330,7 +330,7 @@ def _rotary_modules(model):
 def _subjects_of(model, known):
     """Return [(subject, names)]: configs to rewrite and the modules they rule."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
-    found = {}
+    ours, found = {module for _, module, _ in known}, {}
     for name, module, _ in known:
         if module.inv_freq.is_meta:
             rule = "be loaded before its frequencies can change"
@@ -343,12 +343,14 @@ def _subjects_of(model, known):
             and getattr(config, "rope_parameters", None) == parameters
         ]
         subject = _hf_scaling.subject_of(module.config, twins)
-        subject.modules.setdefault(module, None)
+        if not ours.issuperset(subject.modules):
+            rule, got = (
+                "have a config of its own",
+                "one that another patched model uses",
+            )
+            raise ValueError(must("patch", "model", rule, got))
+        subject.adopt(module)
         found.setdefault(id(subject), (subject, []))[1].append(name)
-    ours = {module for _, module, _ in known}
-    if any(not ours.issuperset(subject.modules) for subject, _ in found.values()):
-        rule, got = "have a config of its own", "one that another patched model uses"
-        raise ValueError(must("patch", "model", rule, got))
     return list(found.values())
 
 

@@ -5,15 +5,11 @@ They broadcast, take ``out=``, ``axes=`` and ``dtype=``, keep array subclasses, 
 run chunk by chunk on dask arrays. Their functions in `posenc` add names, defaults
 and checks, and are faster on plain arrays.
 
-============================  =======================  ==================================
-``rope_half(x, cos, sin)``    ``(n),(m),(m)->(n)``     pairs ``(i, i + m)``
-``rope_interleaved(x, cos,    ``(n),(m),(m)->(n)``     pairs ``(2*i, 2*i + 1)``
-sin)``
-``rope_complex(x, cis)``      ``(n),(m)->(n)``         the same, by a complex table
-``cos_sin(position,           ``(),(m)->(m),(m)``      exact angles; the type of
-inv_freq)``                                            `inv_freq` unless ``dtype=`` or
-                                                       ``out=`` says other
-============================  =======================  ==================================
+- ``rope_half(x, cos, sin)``, ``(n),(m),(m)->(n)``: pairs ``(i, i + m)``
+- ``rope_interleaved(x, cos, sin)``, the same: pairs ``(2*i, 2*i + 1)``
+- ``rope_complex(x, cis)``, ``(n),(m)->(n)``: the same pairs by a complex table
+- ``cos_sin(position, inv_freq)``, ``(),(m)->(m),(m)``: exact angles, in the type of
+  `inv_freq` unless ``dtype=`` or ``out=`` says other
 
 Examples
 --------

@@ -96,6 +96,8 @@ def random_call(choose, rng, layout=None, dtype=None):
     n_pair = choose([0, 1, 2, 3, 4, 8, 9, 16, 33])
     head_dim = 2 * n_pair + choose([0, 0, 1, 3])
     loops = [choose([1, 2, 3, 5, 5, 0]) for _ in range(choose([0, 1, 2, 3, 3, 4]))]
+    if loops and choose([False] * 50 + [True]):
+        loops[choose(range(len(loops)))] = 400  # enough work for threads
     shape = (*loops, head_dim)
     axis = choose(range(-len(shape), -1)) if loops else -1
     rows, gathered = table_rows(choose, rng, shape, axis)
@@ -104,10 +106,8 @@ def random_call(choose, rng, layout=None, dtype=None):
     if gathered is not None:
         kind = choose(["i8", "i8", "i4", "u2"])
         positions = rng.integers(0, rows[0], gathered).astype(kind)
-    xs = [
-        rng.standard_normal(shape).astype(dtype)
-        for _ in range(1 + (function[-2:] == "qk"))
-    ]
+    n_operand = 2 if function == "rope_qk" else 1
+    xs = [rng.standard_normal(shape).astype(dtype) for _ in range(n_operand)]
     if choose([False, False, False, True]):
         xs = [sprinkle(rng, x) for x in xs]
         cos = sprinkle(rng, cos)
@@ -146,25 +146,18 @@ def by_gufunc(call):
 
 def by_fast_door(call):
     """The results by way of the public function."""
-    options = {
-        "axis": call.axis,
-        "positions": call.positions,
-        **call.direction,
-    }
-    given = call.out[0] is not None
-    if call.function == "rope_qk":
-        out = tuple(call.out) if given else None
-        return posenc.rope_qk(
-            *call.operands, call.cos, call.sin, layout=call.layout, out=out, **options
-        )
-    x, out = call.operands[0], call.out[0]
+    options = {"axis": call.axis, "positions": call.positions, **call.direction}
+    if call.function == "rope_complex":
+        cis = np.empty(call.cos.shape, np.result_type(call.cos.dtype, np.complex64))
+        cis.real, cis.imag = call.cos, call.sin
+        return [posenc.rope_complex(*call.operands, cis, out=call.out[0], **options)]
+    options["layout"] = call.layout
     if call.function == "rope":
         return [
-            posenc.rope(x, call.cos, call.sin, layout=call.layout, out=out, **options)
+            posenc.rope(*call.operands, call.cos, call.sin, out=call.out[0], **options)
         ]
-    cis = np.empty(call.cos.shape, np.result_type(call.cos.dtype, np.complex64))
-    cis.real, cis.imag = call.cos, call.sin
-    return [posenc.rope_complex(x, cis, **options)]
+    out = None if call.out[0] is None else tuple(call.out)
+    return posenc.rope_qk(*call.operands, call.cos, call.sin, out=out, **options)
 
 
 def check(call):
@@ -196,9 +189,7 @@ def main():
         print("no tqdm: no progress shown")
     for number in numbers:
         state = rng.bit_generator.state
-        call = random_call(
-            lambda options: options[int(rng.integers(len(options)))], rng
-        )
+        call = random_call(lambda options: options[rng.integers(len(options))], rng)
         try:
             check(call)
         except Exception:

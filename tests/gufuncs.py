@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import posenc.ufunc
 import reference
+
+import posenc.ufunc
 
 DTYPES = (np.float32, np.float64)
 
@@ -191,7 +192,7 @@ def lay_out(array, choose):
     n_byte = int(np.prod(around)) * kind.itemsize
     memory = np.full(n_byte + offset, 0xA5, np.uint8)
     base = np.ndarray(around, kind, memory, offset, order=choose(["C", "F"]))
-    view = base[tuple(slice(None, None, step) for step in steps)]
+    view = base[(*(slice(None, None, step) for step in steps), ...)]
     view[...] = array
     view.flags.writeable = choose([True, True, False])
     return view
