@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 #include "nest.h"
 
-#include <stdbool.h>
 #include <string.h>
 
 #include "parallel.h"
@@ -10,7 +9,7 @@
 #define MIN_PART_SIZE 32768
 
 /* Rows of a tile: the table rows of one, 16 x 64 pairs of floats, are 8 KiB. */
-#define TILE 64
+#define TILE 16
 
 enum { LAST = NEST_N_OPERAND - 1 };
 
@@ -18,6 +17,7 @@ void
 nest_begin(nest *loops, char *const base[NEST_N_OPERAND])
 {
     loops->n_axis = 0;
+    loops->is_tiled = false;
     memcpy(loops->base, base, sizeof(loops->base));
 }
 
@@ -128,6 +128,7 @@ split_inner(nest *loops, nest *rest)
     set_axis(loops, inner + 1, TILE, loops->step[inner]);
     set_axis(loops, inner, n_tile, step);
     loops->n_axis++;
+    loops->is_tiled = true;
 }
 
 int
@@ -169,6 +170,7 @@ run_rows(const nest_job *job, size_t begin, size_t end)
     int inner = loops->n_axis - 1;
     size_t inner_size = inner >= 0 ? loops->size[inner] : 1;
     const ptrdiff_t *inner_step = inner >= 0 ? loops->step[inner] : no_step;
+    const ptrdiff_t *ahead = loops->is_tiled ? loops->step[inner - 1] : NULL;
     size_t index[NEST_MAX_AXIS];
     char *base[NEST_N_OPERAND];
     memcpy(base, loops->base, sizeof(base));
@@ -185,7 +187,7 @@ run_rows(const nest_job *job, size_t begin, size_t end)
         size_t start = inner >= 0 ? index[inner] : 0;
         size_t count = inner_size - start;
         count = count < end - begin ? count : end - begin;
-        job->strip(job->task, count, base, inner_step);
+        job->strip(job->task, count, base, inner_step, ahead);
         begin += count;
         if (begin == end) {
             return;

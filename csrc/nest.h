@@ -6,6 +6,7 @@
 #ifndef POSENC_NEST_H
 #define POSENC_NEST_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 enum { NEST_MAX_AXIS = 64, NEST_N_OPERAND = 4 };
@@ -15,11 +16,14 @@ typedef struct {
     size_t size[NEST_MAX_AXIS];                    /* outermost axis first  */
     ptrdiff_t step[NEST_MAX_AXIS][NEST_N_OPERAND]; /* bytes                 */
     char *base[NEST_N_OPERAND];
+    bool is_tiled; /* the innermost axis is a tile of another */
 } nest;
 
-/* Visit n_row rows; operand i starts at base[i] and goes on by step[i]. */
+/* Visit n_row rows; operand i starts at base[i] and goes on by step[i].  If ahead
+ * is not NULL, the strip after this one likely starts ahead[i] further on. */
 typedef void nest_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
-                        const ptrdiff_t step[NEST_N_OPERAND]);
+                        const ptrdiff_t step[NEST_N_OPERAND],
+                        const ptrdiff_t ahead[NEST_N_OPERAND]);
 
 /* A nest and what to do with its rows. */
 typedef struct {

@@ -27,6 +27,7 @@ typedef struct {
     bool adjoint;    /* rotate by the negative angles                         */
     ptrdiff_t x_row, cos_row, sin_row, out_row;           /* row to row      */
     ptrdiff_t x_channel, cos_pair, sin_pair, out_channel; /* within a row    */
+    ptrdiff_t x_ahead, out_ahead; /* to the rows of the next strip, or 0: a hint */
 } rope_strip;
 
 /* Rotate the channel pairs of each row by the angles of its table row.

@@ -5,12 +5,15 @@
 
 void
 rope_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
-                const ptrdiff_t step[NEST_N_OPERAND])
+                const ptrdiff_t step[NEST_N_OPERAND],
+                const ptrdiff_t ahead[NEST_N_OPERAND])
 {
     const rope_task *rope = task;
     rope_strip strip = rope->within;
     strip.x_row = step[ROPE_X];
     strip.out_row = step[ROPE_OUT];
+    strip.x_ahead = ahead != NULL ? ahead[ROPE_X] : 0;
+    strip.out_ahead = ahead != NULL ? ahead[ROPE_OUT] : 0;
     if (rope->cos == NULL) {
         strip.n_row = n_row;
         strip.cos_row = step[ROPE_COS];
@@ -35,8 +38,10 @@ rope_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
 
 void
 table_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
-                 const ptrdiff_t step[NEST_N_OPERAND])
+                 const ptrdiff_t step[NEST_N_OPERAND],
+                 const ptrdiff_t ahead[NEST_N_OPERAND])
 {
+    (void)ahead;
     cos_sin_strip strip = *(const cos_sin_strip *)task;
     strip.n_row = n_row;
     strip.position_row = step[TABLE_POSITION];

@@ -120,11 +120,13 @@ def conclusion(report):
     by_name = {run.method: run for run in runs}
     unchanged, window = by_name.get("none"), by_name.get("window")
     scaled = [run for run in runs if run.method not in ("none", "window")]
-    where = f"Past position {trained}, read at length {length},"
-    if unchanged is None:
+    where = f"Without fine-tuning, past position {trained} of {length},"
+    if runs == [unchanged]:
+        clause = f"{report.unit} of the unchanged model is {_value(report, unchanged)}"
+    elif unchanged is None:
         clause = _ranking(report, scaled or runs)
     else:
-        clause = _against_unchanged(report, unchanged, scaled or [window or unchanged])
+        clause = _against_unchanged(report, unchanged, scaled or [window])
     if window is not None and scaled:
         clause += _against_window(report, window, scaled[0])
     return f"{where} {clause}."
@@ -154,18 +156,20 @@ def _against_unchanged(report, unchanged, others):
     same = [run for run, sign in gains if sign == 0 and run is not unchanged]
     if better:
         clause = (
-            f"{better[0].method} helped most, from {_value(report, unchanged)} "
-            f"{report.unit} unchanged to {_value(report, better[0])}"
+            f"{better[0].method} helped most: {report.unit} fell from "
+            f"{_value(report, unchanged)} to {_value(report, better[0])}"
         )
         if better[1:]:
-            clause += f", and {_named(report, better[1:])} helped too"
+            clause += f"; {_named(report, better[1:])} helped too"
     else:
-        clause = f"nothing helped: the unchanged model has {_value(report, unchanged)}"
-        clause += f" {report.unit}"
+        clause = (
+            f"nothing helped: {report.unit} of the unchanged model is "
+            f"{_value(report, unchanged)}"
+        )
     if same:
-        clause += f", {_named(report, same)} made no difference"
+        clause += f"; {_named(report, same)} made no difference"
     if worse:
-        clause += f", {_named(report, worse)} made it worse"
+        clause += f"; {_named(report, worse)} made it worse"
     return clause
 
 
@@ -175,8 +179,8 @@ def _against_window(report, window, best):
     value = _value(report, window)
     if sign > 0:
         return f"; {best.method} also beats a plain sliding window of {size} ({value})"
-    verdict = "equals" if sign == 0 else "still beats"
-    return f"; a plain sliding window of {size} ({value}) {verdict} them all"
+    verdict = "is as good" if sign == 0 else "is better still"
+    return f"; a plain sliding window of {size} ({value}) {verdict}"
 
 
 def _difference(report, base, run):

@@ -136,14 +136,14 @@ def make_rotation(layout):
         return torch.empty_like(x)
 
     def rotate(q, k, cos, sin, unsqueeze_dim):
-        cos_array, sin_array = _array(cos), _array(sin)
+        cos_array, sin_array = cos.numpy(), sin.numpy()
         if not halves_agree(cos, sin, cos_array, sin_array):
             return None
         n_pair = cos_array.shape[-1] // 2
         out = empty(q), empty(k)
         rope_qk(
-            _array(q),
-            _array(k),
+            q.numpy(),
+            k.numpy(),
             cos_array[..., :n_pair],
             sin_array[..., :n_pair],
             layout=layout,
@@ -153,10 +153,6 @@ def make_rotation(layout):
         return out
 
     return rotate
-
-
-def _array(tensor):
-    return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
 
 
 def _make_halves_check():

@@ -2,7 +2,11 @@
 
 # SPDX-License-Identifier: BSD-3-Clause
 
+import itertools
+
 import numpy as np
+
+__all__ = ["plot_extension"]
 
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 COLORS = {
@@ -13,8 +17,8 @@ COLORS = {
     "dynamic": "#E69F00",
     "yarn": "#009E73",
 }
-POINTS_PER_DOUBLING = 6
-FIRST_POSITION = 16
+POINTS_PER_DOUBLING = 4
+FIRST_POSITION = 32
 LABEL_STEP = 0.048  # least distance of two labels, as a share of the axis
 
 
@@ -71,7 +75,7 @@ def curve(report, run):
     first = min(FIRST_POSITION, run.length // 2)
     n_range = max(1, round(np.log2(run.length / first) * POINTS_PER_DOUBLING))
     edges = np.unique(np.geomspace(first, run.length, n_range + 1).round().astype(int))
-    ranges = list(zip(edges[:-1], edges[1:], strict=True))
+    ranges = list(itertools.pairwise(edges))
     positions = [np.sqrt(a * b) for a, b in ranges]
     values = [report.in_unit(run.mean(a, b)) for a, b in ranges]
     return np.array(positions), np.array(values)

@@ -26,8 +26,6 @@ NUMPYDOC_OFF = {
     "EX01": "test_repo.py asks for examples, of the flat surface",
     "GL01": "the summary may stand on the line of the quotes, as ruff's D212/213 allow",
     "GL08": "test_repo.py asks for docstrings",
-    "PR04": "a group of parameters may point to the function that describes them",
-    "PR08": "a description may start with a literal or with the name of a type",
     "RT02": "a single returned value may be named",
     "SA01": "See Also is written where there is a neighbour",
     "YD01": "nothing yields",

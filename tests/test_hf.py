@@ -23,6 +23,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
@@ -449,6 +450,8 @@ def test_transforms_modes_and_forward_derivatives_run_the_original(model):
         ours = torch.func.vmap(lambda x: call(x, k, cos, sin)[0])(many)
         with torch.device("cpu"):
             call(q, k, cos, sin)
+        with FlopCounterMode(display=False):
+            call(q, k, cos, sin)
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
             out = call(dual, k, cos, sin)[0]
@@ -458,7 +461,7 @@ def test_transforms_modes_and_forward_derivatives_run_the_original(model):
     )
     assert torch.equal(tangent, ORIGINAL(torch.ones_like(q), k, cos, sin)[0])
     assert patched.report().rotations == {
-        "a torch mode or function transform is active": 2,
+        "a torch mode or function transform is active": 3,
         "forward-mode derivatives are on": 1,
     }
 
@@ -776,6 +779,13 @@ def test_latest_of_nested_scalings_decides_in_any_order(model):
         assert state(model) == before
 
 
+def test_partial_factor_stays_in_the_config():
+    model = tiny(rope_parameters={"partial_rotary_factor": 1.0})
+    for scaling in (NTK, LINEAR, {"rope_type": "default"}):
+        with posenc.hf.patch(model, scaling=scaling):
+            assert model.config.rope_parameters["partial_rotary_factor"] == 1.0
+
+
 def test_length_alone_fills_in_the_trained_length():
     own = {key: YARN[key] for key in ("rope_type", "factor")}
     model = tiny(rope_parameters=own)
@@ -1035,6 +1045,16 @@ def test_exact_copy_has_its_own_forward(model):
         logits(model)
     assert patched.report().tables == {"posenc": 1}
     assert torch.equal(logits(twin), logits(model))
+
+
+def test_exact_comes_again_while_a_copy_holds_the_old_forward(model):
+    with posenc.hf.patch(model, max_position_embeddings=64):
+        with posenc.hf.patch(model, exact=True):
+            twin = copy.deepcopy(model)
+        with posenc.hf.patch(model, exact=True) as patched:
+            logits(model)
+    assert patched.report().tables == {"posenc": 1}
+    assert "forward" in vars(rotary(twin))
 
 
 def test_exact_needs_frequencies_that_follow_from_the_config(model):

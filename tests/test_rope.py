@@ -142,11 +142,12 @@ def test_complex_is_torchs_view_as_complex_recipe(dtype):
     assert (np.abs(got.astype(np.float64) - want) <= bound).all()
 
 
-def test_angles_float32_follow_transformers_within_one_ulp():
+def test_angles_float32_follow_transformers_within_one_ulp(measured):
     torch = pytest.importorskip("torch")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     from transformers import LlamaConfig
 
+    count = different = 0
     for theta, head_dim in ((1e4, 128), (5e5, 64), (1e6, 128)):
         config = LlamaConfig(
             hidden_size=2 * head_dim,
@@ -164,6 +165,11 @@ def test_angles_float32_follow_transformers_within_one_ulp():
             assert ours.dtype == np.float32
             ulp = np.spacing(np.maximum(np.abs(ours), np.abs(theirs)))
             assert (np.abs(ours - theirs) <= ulp).all()
+            count, different = count + ours.size, different + (ours != theirs).sum()
+    measured(
+        f"angles='float32': {different} of {count} entries differ from transformers' "
+        f"by one ulp, none by more"
+    )
 
 
 @pytest.mark.parametrize(

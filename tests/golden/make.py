@@ -125,6 +125,21 @@ def extreme_cases():
     ]
 
 
+def far_cases():
+    """Positions past 2**31, up to the ends of the doubles."""
+    return [
+        (2.0**31, 1.0),
+        (-(2.0**33) - 0.5, 1e4 ** (-1 / 64)),
+        (2.0**53 - 1, 0.7),
+        (-1e15, 1e-4),
+        (1e22, 1.0),
+        (1e300, 1e-300),
+        (-1e300, 0.3),
+        (1.7e308, 1.7e308),
+        (5e-324, 5e-324),
+    ]
+
+
 def factor_cases(rng):
     """Attention factors of YaRN and LongRoPE, and a few that no model has."""
     factors = (
@@ -154,6 +169,7 @@ def cos_sin_cases():
         "products next to a multiple of pi/2": product_cases(40),
         "huge frequencies next to a multiple of pi/2": huge_frequency_cases(),
         "extreme frequencies": extreme_cases(),
+        "positions past 2^31": far_cases(),
     }
     cases = {
         name: [(*pair, 1.0) for pair in dict.fromkeys(pairs)]
