@@ -50,7 +50,7 @@ def real_dtype(function, dtype):
             must(function, "dtype", "be float32 or float64", repr(dtype))
         ) from None
     if dtype not in (np.float32, np.float64):
-        raise TypeError(must(function, "dtype", "be float32 or float64", dtype.name))
+        raise TypeError(must(function, "dtype", "be float32 or float64", dtype))
     return dtype
 
 

@@ -112,6 +112,10 @@ class Subject:
         self.requests += new
         self.settle()
 
+    def missing(self):
+        """Return what every new model gets and this config has not got yet."""
+        return [request for request in standing if request not in self.requests]
+
     def drop(self, request):
         if request in self.requests:
             self.requests.remove(request)
@@ -174,8 +178,8 @@ def make_constructor(replacement):
     def __init__(self, config, *args, **kwargs):
         with lock:
             subject = subject_of(config) if standing else None
-            if subject is not None:
-                subject.push(*(r for r in standing if r not in subject.requests))
+            if subject is not None and (missing := subject.missing()):
+                subject.push(*missing)
         original(self, config, *args, **kwargs)
         if subject is not None:
             with lock:

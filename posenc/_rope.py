@@ -1,24 +1,25 @@
 """Rotary position embedding: tables of angles, and the rotation by them."""
 
 # SPDX-License-Identifier: BSD-3-Clause
-from typing import NamedTuple
-
 import numpy as np
 
 from . import _core
-from ._check import (
-    must,
-    one_of,
-    out_array,
-    real_array,
-    real_dtype,
-    real_number,
-    whole_number,
+from ._check import must, one_of, real_array, real_dtype, whole_number
+from ._rope_check import (
+    COMPLEX,
+    as_array,
+    complex_table,
+    fill_table,
+    inverse_complex,
+    inverse_table,
+    pair,
+    plan,
+    planar_table,
+    share_memory,
+    table_result,
 )
 
 _LAYOUTS = {"half": _core.rope_half, "interleaved": _core.rope_interleaved}
-_ANGLES = ("exact", "float32")
-_COMPLEX = {np.dtype(np.float32): np.complex64, np.dtype(np.float64): np.complex128}
 
 
 def rope(
@@ -109,13 +110,13 @@ def rope(
     array([[0., 1.]])
     """
     if inverse:
-        cos, sin = _inverse("rope", cos, sin, adjoint)
+        cos, sin = inverse_table("rope", cos, sin, adjoint)
     result = _core.rope_arrays(x, cos, sin, layout, axis, positions, bool(adjoint), out)
     if result is not NotImplemented:
         return result
     one_of("rope", "layout", layout, _LAYOUTS)
-    table = _planar_table("rope", cos, sin, positions, adjoint)
-    return _plan("rope", "x", x, _LAYOUTS[layout], table, axis, "out", out).run()
+    table = planar_table("rope", cos, sin, positions, adjoint)
+    return plan("rope", "x", x, _LAYOUTS[layout], table, axis, "out", out).run()
 
 
 def rope_qk(
@@ -176,21 +177,21 @@ def rope_qk(
     (2, 1, 5, 8)
     """
     if inverse:
-        cos, sin = _inverse("rope_qk", cos, sin, adjoint)
-    q_out, k_out = _pair("rope_qk", out)
+        cos, sin = inverse_table("rope_qk", cos, sin, adjoint)
+    q_out, k_out = pair("rope_qk", out)
     result = _core.rope_qk_arrays(
         q, k, cos, sin, layout, axis, positions, bool(adjoint), q_out, k_out
     )
     if result is not NotImplemented:
         return result
     one_of("rope_qk", "layout", layout, _LAYOUTS)
-    table = _planar_table("rope_qk", cos, sin, positions, adjoint)
+    table = planar_table("rope_qk", cos, sin, positions, adjoint)
     gufunc = _LAYOUTS[layout]
     plans = [
-        _plan("rope_qk", "q", q, gufunc, table, axis, "out[0]", q_out),
-        _plan("rope_qk", "k", k, gufunc, table, axis, "out[1]", k_out),
+        plan("rope_qk", "q", q, gufunc, table, axis, "out[0]", q_out),
+        plan("rope_qk", "k", k, gufunc, table, axis, "out[1]", k_out),
     ]
-    if _share_memory(q_out, k_out):
+    if share_memory(q_out, k_out):
         rule = "hold two arrays that do not overlap"
         raise ValueError(must("rope_qk", "out", rule, "overlapping arrays"))
     # The first result must not change what the second reads.
@@ -242,19 +243,13 @@ def rope_complex(
     array([[0., 1.]])
     """
     if inverse:
-        cis = _inverse_complex(cis, adjoint)
+        cis = inverse_complex("rope_complex", cis, adjoint)
     result = _core.rope_complex_arrays(x, cis, axis, positions, bool(adjoint), out)
     if result is not NotImplemented:
         return result
-    cis = _as_array("rope_complex", "cis", cis)
-    if cis.dtype not in (np.complex64, np.complex128):
-        rule = "be complex64 or complex128"
-        raise TypeError(must("rope_complex", "cis", rule, f"dtype {cis.dtype}"))
-    if adjoint:
-        cis = np.conj(cis)
-    table = _gather("rope_complex", ("cis",), [cis], positions)
+    table = complex_table("rope_complex", cis, positions, adjoint)
     gufunc = _core.rope_complex
-    return _plan("rope_complex", "x", x, gufunc, table, axis, "out", out).run()
+    return plan("rope_complex", "x", x, gufunc, table, axis, "out", out).run()
 
 
 def rope_table(
@@ -330,14 +325,14 @@ def rope_table(
     dtype = real_dtype("rope_table", dtype)
     positions = real_array("rope_table", "positions", positions)
     inv_freq = real_array("rope_table", "inv_freq", inv_freq)
-    cos_out, sin_out = _pair("rope_table", out)
+    cos_out, sin_out = pair("rope_table", out)
     shape = positions.shape + inv_freq.shape
-    cos = _table_result("rope_table", "out[0]", cos_out, shape, dtype)
-    sin = _table_result("rope_table", "out[1]", sin_out, shape, dtype)
-    if _share_memory(cos_out, sin_out):
+    cos = table_result("rope_table", "out[0]", cos_out, shape, dtype)
+    sin = table_result("rope_table", "out[1]", sin_out, shape, dtype)
+    if share_memory(cos_out, sin_out):
         rule = "hold two arrays that do not overlap"
         raise ValueError(must("rope_table", "out", rule, "overlapping arrays"))
-    _fill_table("rope_table", positions, inv_freq, attention_factor, angles, cos, sin)
+    fill_table("rope_table", positions, inv_freq, attention_factor, angles, cos, sin)
     return cos, sin
 
 
@@ -393,14 +388,14 @@ def rope_cis(
     """
     try:
         dtype = np.dtype(dtype)
-        real = {np.dtype(c): r for r, c in _COMPLEX.items()}[dtype]
+        real = {np.dtype(c): r for r, c in COMPLEX.items()}[dtype]
     except (TypeError, KeyError):
         rule = "be complex64 or complex128"
         raise TypeError(must("rope_cis", "dtype", rule, repr(dtype))) from None
     positions = real_array("rope_cis", "positions", positions)
     inv_freq = real_array("rope_cis", "inv_freq", inv_freq)
     shape = positions.shape + inv_freq.shape
-    cis = _table_result("rope_cis", "out", out, shape, dtype)
+    cis = table_result("rope_cis", "out", out, shape, dtype)
     cos, sin = cis.view(np.ndarray).real, cis.view(np.ndarray).imag
     if real != cos.dtype:  # a byte-swapped result: by way of a native one
         cis[...] = rope_cis(
@@ -411,7 +406,7 @@ def rope_cis(
             dtype=dtype,
         )
         return cis
-    _fill_table("rope_cis", positions, inv_freq, attention_factor, angles, cos, sin)
+    fill_table("rope_cis", positions, inv_freq, attention_factor, angles, cos, sin)
     return cis
 
 
@@ -459,7 +454,7 @@ def rope_matrix(position, inv_freq, *, layout="half"):
     inv_freq = real_array("rope_matrix", "inv_freq", inv_freq)
     cos = np.empty(position.shape + inv_freq.shape)
     sin = np.empty_like(cos)
-    _fill_table("rope_matrix", position, inv_freq, 1.0, "exact", cos, sin)
+    fill_table("rope_matrix", position, inv_freq, 1.0, "exact", cos, sin)
     n_pair = inv_freq.size
     pair = np.arange(n_pair)
     first, second = (
@@ -522,8 +517,13 @@ def permute_layout(w, head_dim, *, to, axis=0, rotary_dim=None):
     """
     here = "permute_layout"
     one_of(here, "to", to, _LAYOUTS)
-    w = _as_array(here, "w", w)
+    w = as_array(here, "w", w)
     head_dim = whole_number(here, "head_dim", head_dim, 2)
+    if w.ndim == 0:
+        raise ValueError(must(here, "w", "have at least one axis", "shape ()"))
+    if rotary_dim is None and head_dim % 2:
+        rule = "be even when rotary_dim is not given"
+        raise ValueError(must(here, "head_dim", rule, head_dim))
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     rotary_dim = whole_number(here, "rotary_dim", rotary_dim, 2)
     if rotary_dim % 2 or rotary_dim > head_dim:
@@ -540,217 +540,3 @@ def permute_layout(w, head_dim, *, to, axis=0, rotary_dim=None):
     head = np.concatenate([order, np.arange(rotary_dim, head_dim)])
     starts = np.arange(0, w.shape[axis], head_dim)
     return np.take(w, (starts[:, None] + head).ravel(), axis=axis)
-
-
-class _Plan(NamedTuple):
-    """A checked call of a gufunc, which is not to fail any more."""
-
-    gufunc: np.ufunc
-    x: np.ndarray
-    table: list
-    out: np.ndarray | None
-
-    def run(self):
-        """Return the rotated x."""
-        if self.out is None:
-            return self.gufunc(self.x, *self.table)
-        return self.gufunc(self.x, *self.table, out=self.out)
-
-    def apart_from(self, written):
-        """Return the plan with copies of what shares memory with `written`."""
-        x = self.x.copy() if _share_memory(self.x, written) else self.x
-        table = [t.copy() if _share_memory(t, written) else t for t in self.table]
-        return self._replace(x=x, table=table)
-
-
-def _plan(function, x_name, x, gufunc, table, axis, out_name, out):
-    """Check one rotation and bring its operands to one dtype and rank."""
-    x = _as_array(function, x_name, x)
-    _real_kind(function, x_name, x.dtype)
-    if x.ndim == 0:
-        raise ValueError(must(function, x_name, "have at least one axis", "shape ()"))
-    name, first = next(iter(table.items()))
-    if 2 * first.shape[-1] > x.shape[-1]:
-        rule = f"hold at most head_dim // 2 = {x.shape[-1] // 2} angles"
-        raise ValueError(must(function, name, rule, first.shape[-1]))
-    dtype = _common(x.dtype, *(t.real.dtype for t in table.values()))
-    if out is not None:
-        if not isinstance(x, np.ndarray):
-            rule = f"be None for {x_name} of type {type(x).__name__}"
-            raise TypeError(must(function, out_name, rule, type(out).__name__))
-        out_array(function, out, x.shape, dtype, out_name)
-    kinds = {"cis": _COMPLEX[dtype]}
-    operands = [
-        _like_x(function, name, t.astype(kinds.get(name, dtype), copy=False), x, axis)
-        for name, t in table.items()
-    ]
-    return _Plan(gufunc, x.astype(dtype, copy=False), operands, out)
-
-
-def _like_x(function, name, table, x, axis):
-    """Give a table as many axes as x: (T, M) and (B, T, M) by their rule."""
-    axis = whole_number(function, "axis", axis, min(-x.ndim, -2))
-    if x.ndim > 1 and axis not in (*range(x.ndim - 1), *range(-x.ndim, -1)):
-        raise ValueError(must(function, "axis", "name an axis of x but its last", axis))
-    axis %= x.ndim
-    shape = table.shape
-    if table.ndim != x.ndim and table.ndim in (2, 3):
-        shape = [1] * x.ndim
-        shape[-1] = table.shape[-1]
-        shape[axis] = table.shape[-2]
-        if table.ndim == 3:
-            shape[0] = table.shape[0] if axis > 0 else -1
-        if table.shape[-2] != x.shape[axis]:
-            shape = []
-    pairs = zip(shape[:-1], x.shape[:-1], strict=False)
-    if len(shape) != x.ndim or any(a not in (1, b) for a, b in pairs):
-        rule = (
-            f"be of shape (T, M) or (B, T, M), or broadcast, for an x of shape "
-            f"{x.shape} with T along axis {axis}"
-        )
-        raise ValueError(must(function, name, rule, f"shape {table.shape}"))
-    return table.reshape(shape)
-
-
-def _planar_table(function, cos, sin, positions, adjoint):
-    """Check cosines and sines; return them by name, gathered by positions."""
-    cos = _as_array(function, "cos", cos)
-    sin = _as_array(function, "sin", sin)
-    for name, part in (("cos", cos), ("sin", sin)):
-        _real_kind(function, name, part.dtype)
-    if cos.shape != sin.shape:
-        rule = f"have the shape of cos, {cos.shape}"
-        raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
-    dtype = _common(cos.dtype, sin.dtype)
-    if adjoint:
-        sin = -sin.astype(dtype, copy=False)
-    return _gather(function, ("cos", "sin"), [cos, sin], positions)
-
-
-def _gather(function, names, parts, positions):
-    """Return the parts of a table by name, with the rows that positions choose."""
-    if parts[0].ndim == 0:
-        raise ValueError(must(function, names[0], "have at least one axis", "shape ()"))
-    if positions is not None:
-        positions = _row_numbers(function, names[0], parts[0], positions)
-        parts = [part[positions] for part in parts]
-    return dict(zip(names, parts, strict=True))
-
-
-def _row_numbers(function, name, table, positions):
-    """Check the row numbers that are to be gathered from a table."""
-    if table.ndim != 2:
-        rule = "have shape (P, M) when positions are given"
-        raise ValueError(must(function, name, rule, f"shape {table.shape}"))
-    positions = _as_array(function, "positions", positions)
-    if positions.dtype.kind not in "iu":
-        got = f"dtype {positions.dtype}"
-        raise TypeError(must(function, "positions", "be whole numbers", got))
-    positions = np.asarray(positions)
-    outside = (positions < 0) | (positions >= table.shape[0])
-    if outside.any():
-        index = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(outside)))
-        rule = f"lie in [0, {table.shape[0]}), the rows of {name}"
-        got = f"{np.atleast_1d(positions)[index]} at index {index}"
-        raise ValueError(must(function, "positions", rule, got))
-    return positions
-
-
-def _as_array(function, parameter, value):
-    """Return an array, or whatever NumPy's functions dispatch on."""
-    if type(value).__module__.partition(".")[0] == "torch":
-        rule = "be a NumPy array or a list"
-        raise TypeError(must(function, parameter, rule, type(value).__name__))
-    if hasattr(value, "__array_ufunc__") and hasattr(value, "ndim"):
-        return value
-    try:
-        return np.asarray(value)
-    except ValueError:
-        got = type(value).__name__
-        raise ValueError(
-            must(function, parameter, "be one array of numbers", got)
-        ) from None
-
-
-def _real_kind(function, parameter, dtype):
-    """Raise unless numbers of this dtype can be rotated."""
-    if dtype.kind in "biu" or (dtype.kind == "f" and dtype.itemsize in (4, 8)):
-        return
-    rule = "be float32 or float64"
-    raise TypeError(must(function, parameter, rule, f"dtype {dtype}"))
-
-
-def _common(*dtypes):
-    """Return the dtype to compute in; whole numbers count as float64."""
-    return np.result_type(*(d if d.kind == "f" else np.float64 for d in dtypes))
-
-
-def _inverse(function, cos, sin, adjoint):
-    """Return the table whose rotations undo those of (cos, sin)."""
-    if adjoint:
-        rule = "not be set together with adjoint"
-        raise ValueError(must(function, "inverse", rule, True))
-    cos = _as_array(function, "cos", cos)
-    sin = _as_array(function, "sin", sin)
-    for name, part in (("cos", cos), ("sin", sin)):
-        _real_kind(function, name, part.dtype)
-    if cos.shape != sin.shape:
-        rule = f"have the shape of cos, {cos.shape}"
-        raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
-    dtype = _common(cos.dtype, sin.dtype)
-    cos, sin = cos.astype(np.float64), sin.astype(np.float64)
-    with np.errstate(all="ignore"):
-        square = cos * cos + sin * sin
-        return (cos / square).astype(dtype), (-sin / square).astype(dtype)
-
-
-def _inverse_complex(cis, adjoint):
-    """Return the complex table whose products undo those of cis."""
-    cis = _as_array("rope_complex", "cis", cis)
-    if cis.dtype not in (np.complex64, np.complex128):
-        rule = "be complex64 or complex128"
-        raise TypeError(must("rope_complex", "cis", rule, f"dtype {cis.dtype}"))
-    inverted = np.empty_like(cis)
-    inverted.real, inverted.imag = _inverse("rope_complex", cis.real, cis.imag, adjoint)
-    return inverted
-
-
-def _pair(function, out):
-    """Return the two arrays of an out argument, or two None."""
-    if out is None:
-        return None, None
-    if not isinstance(out, tuple | list) or len(out) != 2:
-        raise TypeError(must(function, "out", "be a pair of arrays", repr(type(out))))
-    return out
-
-
-def _share_memory(a, b):
-    """Tell whether two arrays hold a byte in common; None shares nothing."""
-    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
-        return False
-    return np.shares_memory(a, b)
-
-
-def _table_result(function, parameter, out, shape, dtype):
-    """Return a new array for a table, or `out` after checking it."""
-    if out is None:
-        return np.empty(shape, dtype)
-    out_array(function, out, shape, dtype, parameter)
-    return out
-
-
-def _fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin):
-    """Write a table; its arrays have been checked."""
-    one_of(function, "angles", angles, _ANGLES)
-    factor = real_number(function, "attention_factor", attention_factor)
-    if inv_freq.ndim != 1:
-        got = f"shape {inv_freq.shape}"
-        raise ValueError(must(function, "inv_freq", "have one axis", got))
-    recipe = angles == "float32"
-    done = _core.cos_sin_arrays(positions, inv_freq, factor, recipe, cos, sin)
-    if done is NotImplemented:
-        native = cos.dtype.newbyteorder("=")
-        fresh = np.empty(cos.shape, native), np.empty(cos.shape, native)
-        positions, inv_freq = positions.copy(), inv_freq.copy()
-        _core.cos_sin_arrays(positions, inv_freq, factor, recipe, *fresh)
-        cos[...], sin[...] = fresh

@@ -243,12 +243,30 @@ def test_out_is_filled_and_returned(dtype):
     plain = tuple(np.zeros((5, 10, 9), dtype) for _ in "cs")
     strided = tuple(np.zeros((10, 10, 27), dtype)[::-2, :, ::3] for _ in "cs")
     both = np.zeros((5, 10, 9, 2), dtype)
-    for out in (plain, strided, (both[..., 0], both[..., 1])):
+    beside = np.zeros((5, 10, 18), dtype)
+    parts = [(both[..., 0], both[..., 1]), (beside[..., :9], beside[..., 9:])]
+    for out in (plain, strided, *parts):
         options = {"attention_factor": 1.5, "out": out, "dtype": dtype}
         got = rope_table(positions, inv_freq, **options)
         for result, given_, wanted in zip(got, out, want, strict=True):
             assert result is given_
             reference.same_bits(result, wanted)
+
+
+def test_private_door_declines_tables_in_one_place():
+    positions, inv_freq = np.arange(5.0), inv_freq_of(1e4, 3)
+    memory = np.full((6, 6), 7.0)
+    for first, second in (
+        (memory[:5, :3], memory[:5, :3]),
+        (memory[:5, :3], memory[1:, :3]),
+        (memory[:5, ::2], memory[:5, :3]),
+        (memory[:5, :3], positions[:, None] + inv_freq * 0 == 0),
+    ):
+        answer = posenc._core.cos_sin_arrays(
+            positions, inv_freq, 1.0, False, first, second
+        )
+        assert answer is NotImplemented
+        assert (memory == 7).all()
 
 
 @both_types

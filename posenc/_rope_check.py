@@ -1,0 +1,239 @@
+"""What the functions of RoPE check, and their way through the gufuncs."""
+
+# SPDX-License-Identifier: BSD-3-Clause
+from typing import NamedTuple
+
+import numpy as np
+
+from . import _core
+from ._check import must, one_of, out_array, real_number, whole_number
+
+ANGLES = ("exact", "float32")
+COMPLEX = {np.dtype(np.float32): np.complex64, np.dtype(np.float64): np.complex128}
+
+
+class Plan(NamedTuple):
+    """A checked call of a gufunc, which is not to fail any more."""
+
+    gufunc: np.ufunc
+    x: np.ndarray
+    table: list
+    out: np.ndarray | None
+
+    def run(self):
+        """Return the rotated x."""
+        if self.out is None:
+            return self.gufunc(self.x, *self.table)
+        return self.gufunc(self.x, *self.table, out=self.out)
+
+    def apart_from(self, written):
+        """Return the plan with copies of what shares memory with `written`."""
+        x = self.x.copy() if share_memory(self.x, written) else self.x
+        table = [t.copy() if share_memory(t, written) else t for t in self.table]
+        return self._replace(x=x, table=table)
+
+
+def plan(function, x_name, x, gufunc, table, axis, out_name, out):
+    """Check one rotation and bring its operands to one dtype and rank."""
+    x = as_array(function, x_name, x)
+    _real_kind(function, x_name, x.dtype)
+    if x.ndim == 0:
+        raise ValueError(must(function, x_name, "have at least one axis", "shape ()"))
+    name, first = next(iter(table.items()))
+    if 2 * first.shape[-1] > x.shape[-1]:
+        rule = f"hold at most head_dim // 2 = {x.shape[-1] // 2} angles"
+        raise ValueError(must(function, name, rule, first.shape[-1]))
+    dtype = _common(x.dtype, *(t.real.dtype for t in table.values()))
+    if out is not None:
+        if not isinstance(x, np.ndarray):
+            rule = f"be None for {x_name} of type {type(x).__name__}"
+            raise TypeError(must(function, out_name, rule, type(out).__name__))
+        out_array(function, out, x.shape, dtype, out_name)
+    kinds = {"cis": COMPLEX[dtype]}
+    operands = []
+    for name, part in table.items():
+        shape = _rows_like(function, name, part.shape, x_name, x.shape, axis)
+        part = part.astype(kinds.get(name, dtype), copy=False)
+        operands.append(part.reshape(shape))
+    return Plan(gufunc, x.astype(dtype, copy=False), operands, out)
+
+
+def _rows_like(function, name, table, x_name, x, axis):
+    """Return the shape that gives a table as many axes as x, from both shapes."""
+    n_axis = len(x)
+    axis = whole_number(function, "axis", axis, min(-n_axis, -2))
+    if n_axis > 1 and axis not in (*range(n_axis - 1), *range(-n_axis, -1)):
+        rule = f"name an axis of {x_name} but its last"
+        raise ValueError(must(function, "axis", rule, axis))
+    axis %= n_axis
+    shape = list(table)
+    if len(table) in (2, 3) and len(table) != n_axis and len(table) - 2 <= axis:
+        shape = [1] * n_axis
+        shape[0] = table[0] if len(table) == 3 else 1
+        shape[-1] = table[-1]
+        shape[axis] = table[-2] if table[-2] == x[axis] else None
+    pairs = zip(shape[:-1], x[:-1], strict=False)
+    if len(shape) != n_axis or any(rows not in (1, size) for rows, size in pairs):
+        rule = (
+            f"be of shape (T, M) or (B, T, M), or broadcast, for {x_name} of shape "
+            f"{x} with T along axis {axis}"
+        )
+        raise ValueError(must(function, name, rule, f"shape {table}"))
+    return shape
+
+
+def planar_table(function, cos, sin, positions, adjoint):
+    """Check cosines and sines; return them by name, gathered by positions."""
+    cos, sin, dtype = _cosines_sines(function, cos, sin)
+    if adjoint:
+        sin = -sin.astype(dtype, copy=False)
+    return _gather(function, ("cos", "sin"), [cos, sin], positions)
+
+
+def complex_table(function, cis, positions, adjoint):
+    """Check a complex table; return it by name, gathered by positions."""
+    cis = _complexes(function, cis)
+    return _gather(function, ("cis",), [np.conj(cis) if adjoint else cis], positions)
+
+
+def _gather(function, names, parts, positions):
+    """Return the parts of a table by name, with the rows that positions choose."""
+    if parts[0].ndim == 0:
+        raise ValueError(must(function, names[0], "have at least one axis", "shape ()"))
+    if positions is not None:
+        positions = _row_numbers(function, names[0], parts[0], positions)
+        parts = [part[positions] for part in parts]
+    return dict(zip(names, parts, strict=True))
+
+
+def _row_numbers(function, name, table, positions):
+    """Check the row numbers that are to be gathered from a table."""
+    if table.ndim != 2:
+        rule = "have shape (P, M) when positions are given"
+        raise ValueError(must(function, name, rule, f"shape {table.shape}"))
+    positions = as_array(function, "positions", positions)
+    if positions.dtype.kind not in "iu":
+        got = f"dtype {positions.dtype}"
+        raise TypeError(must(function, "positions", "be whole numbers", got))
+    positions = np.asarray(positions)
+    outside = (positions < 0) | (positions >= table.shape[0])
+    if outside.any():
+        index = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(outside)))
+        rule = f"lie in [0, {table.shape[0]}), the rows of {name}"
+        got = f"{np.atleast_1d(positions)[index]} at index {index}"
+        raise ValueError(must(function, "positions", rule, got))
+    return positions
+
+
+def as_array(function, parameter, value):
+    """Return an array, or whatever NumPy's functions dispatch on."""
+    if type(value).__module__.partition(".")[0] == "torch":
+        rule = "be a NumPy array or a list"
+        raise TypeError(must(function, parameter, rule, type(value).__name__))
+    if hasattr(value, "__array_ufunc__") and hasattr(value, "ndim"):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError:
+        got = type(value).__name__
+        raise ValueError(
+            must(function, parameter, "be one array of numbers", got)
+        ) from None
+
+
+def _real_kind(function, parameter, dtype):
+    """Raise unless numbers of this dtype can be rotated."""
+    if dtype.kind in "biu" or (dtype.kind == "f" and dtype.itemsize in (4, 8)):
+        return
+    rule = "be float32 or float64"
+    raise TypeError(must(function, parameter, rule, f"dtype {dtype}"))
+
+
+def _common(*dtypes):
+    """Return the dtype to compute in; whole numbers count as float64."""
+    return np.result_type(*(d if d.kind == "f" else np.float64 for d in dtypes))
+
+
+def inverse_table(function, cos, sin, adjoint):
+    """Return the table whose rotations undo those of (cos, sin)."""
+    if adjoint:
+        rule = "not be set together with adjoint"
+        raise ValueError(must(function, "inverse", rule, True))
+    cos, sin, dtype = _cosines_sines(function, cos, sin)
+    cos, sin = cos.astype(np.float64), sin.astype(np.float64)
+    with np.errstate(all="ignore"):
+        square = cos * cos + sin * sin
+        return (cos / square).astype(dtype), (-sin / square).astype(dtype)
+
+
+def inverse_complex(function, cis, adjoint):
+    """Return the complex table whose products undo those of cis."""
+    cis = _complexes(function, cis)
+    inverted = np.empty_like(cis)
+    parts = inverse_table(function, cis.real, cis.imag, adjoint)
+    inverted.real, inverted.imag = parts
+    return inverted
+
+
+def _cosines_sines(function, cos, sin):
+    """Check the two halves of a table; return them and their common dtype."""
+    cos = as_array(function, "cos", cos)
+    sin = as_array(function, "sin", sin)
+    for name, part in (("cos", cos), ("sin", sin)):
+        _real_kind(function, name, part.dtype)
+    if cos.shape != sin.shape:
+        rule = f"have the shape of cos, {cos.shape}"
+        raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
+    return cos, sin, _common(cos.dtype, sin.dtype)
+
+
+def _complexes(function, cis):
+    """Check a complex table."""
+    cis = as_array(function, "cis", cis)
+    if cis.dtype not in (np.complex64, np.complex128):
+        rule = "be complex64 or complex128"
+        raise TypeError(must(function, "cis", rule, f"dtype {cis.dtype}"))
+    return cis
+
+
+def pair(function, out):
+    """Return the two arrays of an out argument, or two None."""
+    if out is None:
+        return None, None
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        got = type(out).__name__
+        got += f" of length {len(out)}" if isinstance(out, tuple | list) else ""
+        raise TypeError(must(function, "out", "be a pair of arrays", got))
+    return out
+
+
+def share_memory(a, b):
+    """Tell whether two arrays hold a byte in common; None shares nothing."""
+    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+        return False
+    return np.shares_memory(a, b)
+
+
+def table_result(function, parameter, out, shape, dtype):
+    """Return a new array for a table, or `out` after checking it."""
+    if out is None:
+        return np.empty(shape, dtype)
+    out_array(function, out, shape, dtype, parameter)
+    return out
+
+
+def fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin):
+    """Write a table; its arrays have been checked."""
+    one_of(function, "angles", angles, ANGLES)
+    factor = real_number(function, "attention_factor", attention_factor)
+    if inv_freq.ndim != 1:
+        got = f"shape {inv_freq.shape}"
+        raise ValueError(must(function, "inv_freq", "have one axis", got))
+    recipe = angles == "float32"
+    done = _core.cos_sin_arrays(positions, inv_freq, factor, recipe, cos, sin)
+    if done is NotImplemented:
+        native = cos.dtype.newbyteorder("=")
+        fresh = np.empty(cos.shape, native), np.empty(cos.shape, native)
+        positions, inv_freq = positions.copy(), inv_freq.copy()
+        _core.cos_sin_arrays(positions, inv_freq, factor, recipe, *fresh)
+        cos[...], sin[...] = fresh
