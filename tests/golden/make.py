@@ -63,10 +63,12 @@ def distance(position, inv_freq):
 
 
 def whole_number_cases():
-    """Whole positions at inv_freq 1 that lie next to a multiple of pi/2."""
+    """Whole positions at inv_freq 1 and -1 that lie next to a multiple of pi/2."""
     with mp.workprec(2000):
         found = [n for n, _ in convergents(mp.pi / 2, LIMIT - 1)]
-    return [(float(sign * n), 1.0) for n in found[2:] for sign in (1, -1)]
+    return [
+        (float(a * n), float(b)) for n in found[2:] for a in (1, -1) for b in (1, -1)
+    ]
 
 
 def product_cases(count):
@@ -140,6 +142,24 @@ def far_cases():
     ]
 
 
+def large_angle_cases(rng, each):
+    """Angles from 2**30 to 2**46 that are 2**-16 to 2**-13 from a multiple of pi/2.
+
+    There a reduction that carries too few bits of pi is off by many ulp, while the
+    result is not yet small enough to be recognised as a hard case.
+    """
+    found = []
+    for exponent in range(30, 47, 2):
+        here = []
+        while len(here) < each:
+            position = rng.uniform(-LIMIT, LIMIT)
+            inv_freq = 2.0 ** rng.uniform(exponent, exponent + 1) / abs(position)
+            if 2.0**-16 < distance(position, inv_freq) < 2.0**-13:
+                here.append((position, inv_freq))
+        found += here
+    return found
+
+
 def factor_cases(rng):
     """Attention factors of YaRN and LongRoPE, and a few that no model has."""
     factors = (
@@ -170,6 +190,7 @@ def cos_sin_cases():
         "huge frequencies next to a multiple of pi/2": huge_frequency_cases(),
         "extreme frequencies": extreme_cases(),
         "positions past 2^31": far_cases(),
+        "large angles": large_angle_cases(random.Random(SEED + 1), 2),
     }
     cases = {
         name: [(*pair, 1.0) for pair in dict.fromkeys(pairs)]
