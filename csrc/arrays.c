@@ -253,11 +253,11 @@ typedef struct {
     view x, out;
     PyObject *result; /* owned */
     rope_task task;
-    nest_job job, rest; /* rest: what the tiles leave */
-    int n_job;
+    nest loops[2]; /* the second: what the tiles of the first leave */
+    int n_nest;
 } rotation;
 
-/* Describe the rotation of x into out as a job. */
+/* Describe the rotation of x into out. */
 static bool
 plan_rotation(rotation *r, const table *t, int layout, int axis, bool adjoint)
 {
@@ -287,19 +287,16 @@ plan_rotation(rotation *r, const table *t, int layout, int axis, bool adjoint)
         r->task.sin_table = t->sin.step[0];
     }
     char *base[NEST_N_OPERAND] = {x->data, rows->data, t->sin.data, out->data};
-    nest_begin(&r->job.loops, base);
+    nest_begin(&r->loops[0], base);
     for (int i = 0; i < x->n_axis - 1; i++) {
         ptrdiff_t step[NEST_N_OPERAND] = {x->step[i], 0, 0, out->step[i]};
         if (row_axis[i] >= 0 && rows->shape[row_axis[i]] > 1) {
             step[ROPE_COS] = rows->step[row_axis[i]];
             step[ROPE_SIN] = t->positions == NULL ? t->sin.step[row_axis[i]] : 0;
         }
-        nest_add_axis(&r->job.loops, (size_t)x->shape[i], step);
+        nest_add_axis(&r->loops[0], (size_t)x->shape[i], step);
     }
-    r->n_job = nest_arrange(&r->job.loops, ROPE_HELD, &r->rest.loops);
-    r->job.strip = r->rest.strip = rope_task_strip;
-    r->job.task = r->rest.task = &r->task;
-    r->job.row_size = r->rest.row_size = (size_t)head_dim;
+    r->n_nest = nest_arrange(&r->loops[0], ROPE_HELD, &r->loops[1]);
     return true;
 }
 
@@ -372,9 +369,10 @@ rotate_all(rotation *r, int n, PyObject *const *x, PyObject *const *out, const t
         size += size_of(&r[i].x);
     }
     for (int i = 0; i < n; i++) {
-        jobs[n_job++] = r[i].job;
-        if (r[i].n_job == 2) {
-            jobs[n_job++] = r[i].rest;
+        size_t head_dim = r[i].task.within.head_dim;
+        for (int part = 0; part < r[i].n_nest; part++) {
+            jobs[n_job++] =
+                (nest_job){&r[i].loops[part], rope_task_strip, &r[i].task, head_dim};
         }
     }
     run_jobs(jobs, n_job, size);
@@ -454,7 +452,8 @@ rope(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
         return NULL;
     }
     table t = {.positions = NULL};
-    rotation r = {.result = NULL};
+    rotation r;
+    r.result = NULL;
     rope_options options;
     int status =
         take_layout(args[3], &options) && take_options(args[4], args[6], &options);
@@ -476,7 +475,8 @@ rope_qk(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
         return NULL;
     }
     table t = {.positions = NULL};
-    rotation r[2] = {{.result = NULL}, {.result = NULL}};
+    rotation r[2];
+    r[0].result = r[1].result = NULL;
     rope_options options;
     int status =
         take_layout(args[4], &options) && take_options(args[5], args[7], &options);
@@ -498,7 +498,8 @@ rope_complex(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_ar
         return NULL;
     }
     table t = {.positions = NULL};
-    rotation r = {.result = NULL};
+    rotation r;
+    r.result = NULL;
     rope_options options = {.layout = LAYOUT_INTERLEAVED};
     int status = take_options(args[2], args[4], &options);
     if (status == 1) {
@@ -575,15 +576,16 @@ cos_sin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
         .cos_pair = last_of(&cos, cos.step),
         .sin_pair = last_of(&sin, sin.step),
     };
-    nest_job job = {.strip = table_task_strip, .task = &task, .row_size = task.n_pair};
     char *base[NEST_N_OPERAND] = {positions.data, inv_freq.data, cos.data, sin.data};
-    nest_begin(&job.loops, base);
+    nest loops;
+    nest_begin(&loops, base);
     for (int i = 0; i < positions.n_axis; i++) {
         ptrdiff_t step[NEST_N_OPERAND] = {positions.step[i], 0, cos.step[i],
                                           sin.step[i]};
-        nest_add_axis(&job.loops, (size_t)positions.shape[i], step);
+        nest_add_axis(&loops, (size_t)positions.shape[i], step);
     }
-    nest_arrange(&job.loops, 0, NULL);
+    nest_arrange(&loops, 0, NULL);
+    nest_job job = {&loops, table_task_strip, &task, task.n_pair};
     run_jobs(&job, 1, size_of(&cos));
     Py_RETURN_NONE;
 }

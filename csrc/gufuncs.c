@@ -49,9 +49,10 @@ static void
 run_rows(nest_strip *strip, void *task, size_t row_size, npy_intp n,
          char *const base[NEST_N_OPERAND], const ptrdiff_t step[NEST_N_OPERAND])
 {
-    nest_job job = {.strip = strip, .task = task, .row_size = row_size};
-    nest_begin(&job.loops, base);
-    nest_add_axis(&job.loops, (size_t)n, step);
+    nest loops;
+    nest_begin(&loops, base);
+    nest_add_axis(&loops, (size_t)n, step);
+    nest_job job = {&loops, strip, task, row_size};
     nest_run(&job, 1);
     clear_floating_point_flags();
 }

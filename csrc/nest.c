@@ -166,7 +166,7 @@ static void
 run_rows(const nest_job *job, size_t begin, size_t end)
 {
     static const ptrdiff_t no_step[NEST_N_OPERAND];
-    const nest *loops = &job->loops;
+    const nest *loops = job->loops;
     int inner = loops->n_axis - 1;
     size_t inner_size = inner >= 0 ? loops->size[inner] : 1;
     const ptrdiff_t *inner_step = inner >= 0 ? loops->step[inner] : no_step;
@@ -228,7 +228,7 @@ run_part(void *list, int part, int n_part)
 {
     const job_list *todo = list;
     for (int i = 0; i < todo->n_job; i++) {
-        size_t total = n_row(&todo->jobs[i].loops);
+        size_t total = n_row(todo->jobs[i].loops);
         size_t begin = cut(total, (size_t)part, (size_t)n_part);
         size_t end = cut(total, (size_t)part + 1, (size_t)n_part);
         if (begin < end) {
@@ -242,7 +242,7 @@ nest_run(const nest_job *jobs, int n_job)
 {
     size_t work = 0;
     for (int i = 0; i < n_job; i++) {
-        work += n_row(&jobs[i].loops) * jobs[i].row_size;
+        work += n_row(jobs[i].loops) * jobs[i].row_size;
     }
     int n_part = 1;
     if (work >= 2 * (size_t)MIN_PART_SIZE) {

@@ -27,7 +27,7 @@ typedef void nest_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAN
 
 /* A nest and what to do with its rows. */
 typedef struct {
-    nest loops;
+    const nest *loops;
     nest_strip *strip;
     void *task;
     size_t row_size; /* elements per row, to weigh the work */

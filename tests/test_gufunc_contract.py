@@ -471,6 +471,16 @@ def test_all_sizes_one_is_answered(spec, dtype):
         assert result.dtype == dtype
 
 
+@pytest.mark.parametrize("name", ROTATIONS)
+@every_type
+def test_all_sizes_one_writes_its_one_element(name, dtype):
+    spec = SPECS[name]
+    operands = plain(spec, ((1,),), {"n": 1, "m": 1}, dtype)
+    memory = np.full(5, 7, dtype)
+    spec.call(*operands, out=memory[2:3].reshape(1, 1))
+    assert memory.tolist() == [7, 7, operands[0].item(), 7, 7]
+
+
 # --- threads and instruction sets ----------------------------------------------------
 
 
