@@ -370,9 +370,12 @@ rotate_all(rotation *r, int n, PyObject *const *x, PyObject *const *out, const t
     }
     for (int i = 0; i < n; i++) {
         size_t head_dim = r[i].task.within.head_dim;
+        size_t real = r[i].x.type == NPY_FLOAT ? sizeof(float) : sizeof(double);
+        rope_task_choose_stores(&r[i].task, r[i].x.data == r[i].out.data,
+                                (size_t)size * real);
         for (int part = 0; part < r[i].n_nest; part++) {
-            jobs[n_job++] =
-                (nest_job){&r[i].loops[part], rope_task_strip, &r[i].task, head_dim};
+            jobs[n_job++] = (nest_job){&r[i].loops[part], rope_task_strip,
+                                       rope_task_finish, &r[i].task, head_dim};
         }
     }
     run_jobs(jobs, n_job, size);
@@ -585,7 +588,7 @@ cos_sin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
         nest_add_axis(&loops, (size_t)positions.shape[i], step);
     }
     nest_arrange(&loops, 0, NULL);
-    nest_job job = {&loops, table_task_strip, &task, task.n_pair};
+    nest_job job = {&loops, table_task_strip, NULL, &task, task.n_pair};
     run_jobs(&job, 1, size_of(&cos));
     Py_RETURN_NONE;
 }

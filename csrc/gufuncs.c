@@ -46,13 +46,14 @@ clear_floating_point_flags(void)
 
 /* One axis of n rows whose operands have the given steps, run as a nest. */
 static void
-run_rows(nest_strip *strip, void *task, size_t row_size, npy_intp n,
-         char *const base[NEST_N_OPERAND], const ptrdiff_t step[NEST_N_OPERAND])
+run_rows(nest_strip *strip, nest_finish *finish, void *task, size_t row_size,
+         npy_intp n, char *const base[NEST_N_OPERAND],
+         const ptrdiff_t step[NEST_N_OPERAND])
 {
     nest loops;
     nest_begin(&loops, base);
     nest_add_axis(&loops, (size_t)n, step);
-    nest_job job = {&loops, strip, task, row_size};
+    nest_job job = {&loops, strip, finish, task, row_size};
     nest_run(&job, 1);
     clear_floating_point_flags();
 }
@@ -69,19 +70,30 @@ rope_task_of(const rope_variant *variant, npy_intp head_dim, npy_intp n_pair)
     };
 }
 
+static void
+choose_stores(rope_task *task, const rope_variant *variant, npy_intp n_row,
+              bool in_place)
+{
+    size_t real = variant->type == REAL_F32 ? sizeof(float) : sizeof(double);
+    rope_task_choose_stores(task, in_place,
+                            (size_t)n_row * task->within.head_dim * real);
+}
+
 /* (n),(m),(m)->(n): x, cos, sin -> out */
 static void
 rope_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *data)
 {
     npy_intp n_row = dimensions[0], n = dimensions[1], m = dimensions[2];
-    rope_task task = rope_task_of(data, n, m);
+    const rope_variant *variant = data;
+    rope_task task = rope_task_of(variant, n, m);
     task.within.x_channel = steps[4];
     task.within.cos_pair = steps[5];
     task.within.sin_pair = steps[6];
     task.within.out_channel = steps[7];
+    choose_stores(&task, variant, n_row, args[0] == args[3]);
     char *base[NEST_N_OPERAND] = {args[0], args[1], args[2], args[3]};
     ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[2], steps[3]};
-    run_rows(rope_task_strip, &task, (size_t)n, n_row, base, step);
+    run_rows(rope_task_strip, rope_task_finish, &task, (size_t)n, n_row, base, step);
 }
 
 /* (n),(m)->(n): x, cis -> out; the table is complex */
@@ -96,9 +108,10 @@ rope_complex_loop(char **args, const npy_intp *dimensions, const npy_intp *steps
     task.within.x_channel = steps[3];
     task.within.cos_pair = task.within.sin_pair = steps[4];
     task.within.out_channel = steps[5];
+    choose_stores(&task, variant, n_row, args[0] == args[2]);
     char *base[NEST_N_OPERAND] = {args[0], args[1], args[1] + real, args[2]};
     ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[1], steps[2]};
-    run_rows(rope_task_strip, &task, (size_t)n, n_row, base, step);
+    run_rows(rope_task_strip, rope_task_finish, &task, (size_t)n, n_row, base, step);
 }
 
 /* (),(m)->(m),(m): position, inv_freq -> cos, sin */
@@ -118,7 +131,7 @@ cos_sin_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, voi
     };
     char *base[NEST_N_OPERAND] = {args[0], args[1], args[2], args[3]};
     ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[2], steps[3]};
-    run_rows(table_task_strip, &task, (size_t)m, n_row, base, step);
+    run_rows(table_task_strip, NULL, &task, (size_t)m, n_row, base, step);
 }
 
 /* The rows must be wide enough for the table; 1 and 1 is dask's question. */

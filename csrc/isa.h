@@ -15,6 +15,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define POSENC_X86_64 1
+#include <immintrin.h>
 #endif
 
 extern const kernel_table kernels_baseline;

@@ -9,5 +9,9 @@
 #define WIDE_LANES_F32 4
 #define WIDE_LANES_F64 2
 #define HELD 4
+#ifdef POSENC_X86_64
+#define STREAM(to, value) _mm_stream_si128((__m128i *)(to), (__m128i)(value))
+#define FENCE() _mm_sfence()
+#endif
 #define KERNEL_TABLE kernels_baseline
 #include "kernels.inc"

@@ -17,6 +17,8 @@
 #define WIDE_LANES_F32 8
 #define WIDE_LANES_F64 4
 #define HELD 4
+#define STREAM(to, value) _mm256_stream_si256((__m256i *)(to), (__m256i)(value))
+#define FENCE() _mm_sfence()
 #define KERNEL_TABLE kernels_v3
 #include "kernels.inc"
 

@@ -19,6 +19,8 @@
 #define WIDE_LANES_F32 16
 #define WIDE_LANES_F64 8
 #define HELD 8
+#define STREAM(to, value) _mm512_stream_si512((__m512i *)(to), (__m512i)(value))
+#define FENCE() _mm_sfence()
 #define KERNEL_TABLE kernels_v4
 #include "kernels.inc"
 

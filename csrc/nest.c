@@ -228,11 +228,15 @@ run_part(void *list, int part, int n_part)
 {
     const job_list *todo = list;
     for (int i = 0; i < todo->n_job; i++) {
-        size_t total = n_row(todo->jobs[i].loops);
+        const nest_job *job = &todo->jobs[i];
+        size_t total = n_row(job->loops);
         size_t begin = cut(total, (size_t)part, (size_t)n_part);
         size_t end = cut(total, (size_t)part + 1, (size_t)n_part);
         if (begin < end) {
-            run_rows(&todo->jobs[i], begin, end);
+            run_rows(job, begin, end);
+            if (job->finish != NULL) {
+                job->finish(job->task);
+            }
         }
     }
 }

@@ -25,10 +25,14 @@ typedef void nest_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAN
                         const ptrdiff_t step[NEST_N_OPERAND],
                         const ptrdiff_t ahead[NEST_N_OPERAND]);
 
+/* What a thread does after its last strip. */
+typedef void nest_finish(void *task);
+
 /* A nest and what to do with its rows. */
 typedef struct {
     const nest *loops;
     nest_strip *strip;
+    nest_finish *finish; /* or NULL */
     void *task;
     size_t row_size; /* elements per row, to weigh the work */
 } nest_job;

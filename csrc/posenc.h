@@ -25,6 +25,8 @@ typedef struct {
     size_t head_dim; /* channels per row                                      */
     size_t n_pair;   /* rotated pairs; 2 * n_pair <= head_dim                 */
     bool adjoint;    /* rotate by the negative angles                         */
+    bool stream;     /* write past the caches where that can be: a hint; the
+                        caller ends with finish_stores                        */
     ptrdiff_t x_row, cos_row, sin_row, out_row;           /* row to row      */
     ptrdiff_t x_channel, cos_pair, sin_pair, out_channel; /* within a row    */
     ptrdiff_t x_ahead, out_ahead; /* to the rows of the next strip, or 0: a hint */
@@ -84,6 +86,7 @@ typedef struct {
     const char *simd;
     rope_kernel *rope[N_LAYOUT][N_REAL];
     cos_sin_kernel *cos_sin;
+    void (*finish_stores)(void); /* make streamed results visible to other threads */
 } kernel_table;
 
 #endif

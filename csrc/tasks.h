@@ -22,8 +22,13 @@ typedef struct {
     ptrdiff_t cos_table, sin_table; /* ... their steps from row to row            */
 } rope_task;
 
-/* Strips of a rope_task. */
+/* Stream the result if it is so large that no cache would keep it, and is not x
+ * itself, which the caches hold anyway. */
+void rope_task_choose_stores(rope_task *task, bool in_place, size_t result_bytes);
+
+/* Strips of a rope_task, and the end of a thread's strips. */
 nest_strip rope_task_strip;
+nest_finish rope_task_finish;
 
 /* The operands of a table's nest, in this order. */
 enum { TABLE_POSITION, TABLE_INV_FREQ, TABLE_COS, TABLE_SIN };

@@ -763,3 +763,35 @@ def test_a_few_thousand_random_calls_through_both_doors():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "3000 calls" in done.stdout
+
+
+# Past this size results are written around the caches, by other instructions.
+LARGE = 9 << 20
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("n_pair", [4, 8, 24, 40, 64, 160])
+def test_large_results_have_the_bits_of_small_ones(layout, dtype, n_pair):
+    heads, head_dim = 6, 2 * n_pair + 16 * (n_pair == 24)
+    n_token = LARGE // (heads * head_dim * np.dtype(dtype).itemsize)
+    cos, sin = (random((n_token, n_pair), seed=s).astype(dtype) for s in (1, 2))
+    for shift in (0, 1, 4, 16):  # from an address that vectors like, and others
+        size = heads * n_token * head_dim
+        memory = np.empty(size + 32, dtype)
+        skew = memory.ctypes.data % 64 // memory.itemsize
+        start = (64 // memory.itemsize - skew) + shift
+        room = memory[start : start + size] if start + size <= memory.size else None
+        assert room is not None
+        for axis, shape in ((1, (n_token, heads)), (2, (heads, n_token))):
+            x = random((1, *shape, head_dim), seed=3).astype(dtype)
+            out = room.reshape(x.shape)
+            rope(x, cos, sin, layout=layout, axis=axis, out=out)
+            for some in (slice(0, 40), slice(n_token - 40, n_token)):
+                part = (slice(None),) * axis + (some,)
+                want = rope(x[part], cos[some], sin[some], layout=layout, axis=axis)
+                reference.same_bits(out[part], want)
+            own = x.copy()
+            reference.same_bits(
+                rope(own, cos, sin, layout=layout, axis=axis, out=own), out
+            )

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from gufuncs import TABLE_ULP
+from gufuncs import TABLE_ULP, lay_out
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -204,6 +204,12 @@ def test_shape_and_memory_do_not_matter(dtype, data):
     for found in tables:
         assert found.shape == (*shape, n_pair)
         assert found.dtype == dtype
+    moved = [
+        lay_out(array, lambda choices: data.draw(st.sampled_from(choices)))
+        for array in (positions, inv_freq)
+    ]
+    for found, again in zip(tables, rope_table(*moved, **options), strict=True):
+        reference.same_bits(again, found)
     shuffled = rope_table(positions.T, inv_freq[::-1], **options)
     back = (*range(len(shape) - 1, -1, -1), len(shape))
     for moved, found in zip(shuffled, tables, strict=True):

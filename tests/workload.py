@@ -91,12 +91,26 @@ def rope_digests():
                 yield f"rope {np.dtype(dtype)} {m} {layout}", [*results, again]
 
 
+def large_digests():
+    """Results that are written around the caches."""
+    rng = np.random.default_rng(4)
+    for dtype in DTYPES:
+        for m in (16, 40, 64):
+            n_token = (9 << 20) // (4 * 2 * m * np.dtype(dtype).itemsize)
+            x = rng.standard_normal((n_token, 4, 2 * m)).astype(dtype)
+            x[::7, 1, 3] = np.nan
+            cos, sin = (rng.standard_normal((n_token, m)).astype(dtype) for _ in "cs")
+            for layout in ("half", "interleaved"):
+                result = posenc.rope(x, cos, sin, layout=layout, axis=0)
+                yield f"large {np.dtype(dtype)} {m} {layout}", [result]
+
+
 def main():
     """Print all digests."""
     found = {"simd": posenc.build_info()["simd"]}
     for name, digests in gufunc_digests():
         found[name] = "".join(digests)
-    for group in (table_digests(), rope_digests()):
+    for group in (table_digests(), rope_digests(), large_digests()):
         for name, arrays in group:
             found[name] = digest(*arrays)
     print(json.dumps(found))
