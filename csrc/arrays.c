@@ -18,6 +18,9 @@
 /* Elements above which another Python thread may run meanwhile. */
 #define MIN_SIZE_WITHOUT_GIL 4096
 
+/* The sequence axis unless said otherwise; a lone row has none to name. */
+#define DEFAULT_AXIS (-2)
+
 /* An array as the doors see it: where the elements are, not who owns them. */
 typedef struct {
     char *data;
@@ -62,11 +65,17 @@ size_of(const view *v)
     return PyArray_MultiplyList(v->shape, v->n_axis);
 }
 
+/* True if the first n axes of both have the same sizes; there may be none. */
+static bool
+agree_in_shape(const view *a, const view *b, int n)
+{
+    return PyArray_CompareLists(a->shape, b->shape, n);
+}
+
 static bool
 have_same_shape(const view *a, const view *b)
 {
-    return a->n_axis == b->n_axis &&
-           memcmp(a->shape, b->shape, sizeof(npy_intp) * (size_t)a->n_axis) == 0;
+    return a->n_axis == b->n_axis && agree_in_shape(a, b, a->n_axis);
 }
 
 /* The bytes from the first to past the last that a view touches. */
@@ -222,7 +231,8 @@ match_axes(const view *x, const view *rows, int axis, int row_axis[NPY_MAXDIMS])
     int n_axis = x->n_axis - 1;
     bool is_full = rows->n_axis == n_axis;
     axis += axis < 0 ? x->n_axis : 0;
-    if (n_axis > 0 && (axis < 0 || axis >= n_axis)) {
+    bool is_default = n_axis == 0 && axis == DEFAULT_AXIS + 1;
+    if ((axis < 0 || axis >= n_axis) && !is_default) {
         return false;
     }
     for (int i = 0; i < n_axis; i++) {
@@ -525,8 +535,7 @@ is_table_result(const view *result, const view *positions, const view *inv_freq)
         return false;
     }
     npy_intp item = result->type == NPY_FLOAT ? sizeof(float) : sizeof(double);
-    return memcmp(result->shape, positions->shape,
-                  sizeof(npy_intp) * (size_t)positions->n_axis) == 0 &&
+    return agree_in_shape(result, positions, positions->n_axis) &&
            last_of(result, result->shape) == inv_freq->shape[0] &&
            has_distinct_elements(result, item) &&
            !may_overlap(result, item, positions, sizeof(double)) &&

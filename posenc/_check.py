@@ -54,14 +54,25 @@ def real_dtype(function, dtype):
     return dtype
 
 
+def as_array(function, parameter, value):
+    """Return an array, or whatever else NumPy's functions dispatch on."""
+    kind = type(value)
+    is_tensor = kind.__module__.partition(".")[0] == "torch"
+    if is_tensor or isinstance(value, np.ma.MaskedArray):
+        rule = "be a plain NumPy array or a list"
+        raise TypeError(must(function, parameter, rule, kind.__name__))
+    if hasattr(value, "__array_ufunc__") and hasattr(value, "ndim"):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError:
+        rule = "be one array of numbers"
+        raise ValueError(must(function, parameter, rule, kind.__name__)) from None
+
+
 def real_array(function, parameter, value):
     """Return `value` as a float64 array; raise unless it holds real numbers."""
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(
-            must(function, parameter, "be one array of numbers", type(value).__name__)
-        ) from None
+    array = np.asarray(as_array(function, parameter, value))
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         raise TypeError(
             must(function, parameter, "hold real numbers", f"dtype {array.dtype}")

@@ -4,10 +4,9 @@
 import numpy as np
 
 from . import _core
-from ._check import must, one_of, real_array, real_dtype, whole_number
+from ._check import as_array, must, one_of, real_array, real_dtype, whole_number
 from ._rope_check import (
     COMPLEX,
-    as_array,
     complex_table,
     fill_table,
     inverse_complex,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _core
-from ._check import must, one_of, out_array, real_number, whole_number
+from ._check import as_array, must, one_of, out_array, real_number, whole_number
 
 ANGLES = ("exact", "float32")
 COMPLEX = {np.dtype(np.float32): np.complex64, np.dtype(np.float64): np.complex128}
@@ -62,7 +62,8 @@ def _rows_like(function, name, table, x_name, x, axis):
     """Return the shape that gives a table as many axes as x, from both shapes."""
     n_axis = len(x)
     axis = whole_number(function, "axis", axis, min(-n_axis, -2))
-    if n_axis > 1 and axis not in (*range(n_axis - 1), *range(-n_axis, -1)):
+    named = (*range(n_axis - 1), *range(-n_axis, -1)) if n_axis > 1 else (-2,)
+    if axis not in named:
         rule = f"name an axis of {x_name} but its last"
         raise ValueError(must(function, "axis", rule, axis))
     axis %= n_axis
@@ -123,22 +124,6 @@ def _row_numbers(function, name, table, positions):
         got = f"{np.atleast_1d(positions)[index]} at index {index}"
         raise ValueError(must(function, "positions", rule, got))
     return positions
-
-
-def as_array(function, parameter, value):
-    """Return an array, or whatever NumPy's functions dispatch on."""
-    if type(value).__module__.partition(".")[0] == "torch":
-        rule = "be a NumPy array or a list"
-        raise TypeError(must(function, parameter, rule, type(value).__name__))
-    if hasattr(value, "__array_ufunc__") and hasattr(value, "ndim"):
-        return value
-    try:
-        return np.asarray(value)
-    except ValueError:
-        got = type(value).__name__
-        raise ValueError(
-            must(function, parameter, "be one array of numbers", got)
-        ) from None
 
 
 def _real_kind(function, parameter, dtype):

@@ -1,6 +1,8 @@
 """Frequencies of RoPE, and their scalings: one function per ``rope_type``."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+from collections.abc import Mapping
+
 import numpy as np
 
 from ._check import must, real_dtype, real_number, whole_number
@@ -140,8 +142,11 @@ def rope_inv_freq(dim, *, theta=10000.0, scaling=None, seq_len=None, dtype=np.fl
         whole_number(_HERE, "seq_len", seq_len, 1)
     dtype = real_dtype(_HERE, dtype)
     scaling = {} if scaling is None else scaling
-    if not hasattr(scaling, "get"):
+    if not isinstance(scaling, Mapping):
         raise TypeError(must(_HERE, "scaling", "be a dict", repr(scaling)))
+    is_named = "rope_type" in scaling or "type" in scaling
+    if not is_named and ("factor" in scaling or "alpha" in scaling):
+        raise ValueError(must(_HERE, "scaling", "name its 'rope_type'", repr(scaling)))
     if scaling.get("rope_theta") is not None:
         theta, name = scaling["rope_theta"], "scaling['rope_theta']"
     else:

@@ -99,7 +99,7 @@ def random_call(choose, rng, layout=None, dtype=None):
     if loops and choose([False] * 50 + [True]):
         loops[choose(range(len(loops)))] = 400  # enough work for threads
     shape = (*loops, head_dim)
-    axis = choose(range(-len(shape), -1)) if loops else -1
+    axis = choose(range(-len(shape), -1)) if loops else -2
     rows, gathered = table_rows(choose, rng, shape, axis)
     cos, sin = (rng.standard_normal((*rows, n_pair)).astype(dtype) for _ in "cs")
     positions = None
