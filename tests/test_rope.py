@@ -795,3 +795,19 @@ def test_large_results_have_the_bits_of_small_ones(layout, dtype, n_pair):
             reference.same_bits(
                 rope(own, cos, sin, layout=layout, axis=axis, out=own), out
             )
+
+
+def test_torch_tensors_are_refused_for_now():
+    torch = pytest.importorskip("torch")
+    tensor, cos, sin = torch.ones(5, 12), random((5, 6)), random((5, 6), seed=2)
+    text = "must be a plain NumPy array or a list; got Tensor"
+    for parameter, call in {
+        "rope: x": lambda: rope(tensor, cos, sin),
+        "rope_qk: k": lambda: posenc.rope_qk(random((5, 12)), tensor, cos, sin),
+        "rope: cos": lambda: rope(random((5, 12)), tensor, tensor),
+        "rope_table: positions": lambda: posenc.rope_table(tensor[0], [1.0]),
+        "permute_layout: w": lambda: posenc.permute_layout(tensor, 12, to="half"),
+    }.items():
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert str(caught.value) == f"{parameter} {text}"
