@@ -119,6 +119,7 @@ def rotation(length, layout, dtype=torch.float32, memory="BTHD", compiled=True):
         "eager": lambda: eager(q, k, *full),
     }
     if compiled:
+        torch.compiler.reset()  # or the compilations of other cases count as its own
         fast = torch.compile(eager, dynamic=False)
         case.run["compiled"] = lambda: fast(q, k, *full)
     return case
