@@ -23,6 +23,8 @@ openmp = ["-fopenmp"] if use_openmp else []
 extra = os.environ.get("POSENC_CFLAGS", "").split()  # e.g. -Werror, sanitizers
 
 setup(
+    # Objects of an earlier build may come from other settings of the environment.
+    options={"build_ext": {"force": True}},
     ext_modules=[
         Extension(
             "posenc._core",
