@@ -33,5 +33,5 @@ setup(
             extra_compile_args=HEADERS + FLAGS + openmp + extra,
             extra_link_args=openmp + extra,
         )
-    ]
+    ],
 )
