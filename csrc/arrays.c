@@ -118,33 +118,38 @@ are_identical(const view *a, const view *b)
     return true;
 }
 
+/* The axis with the least step of those longer than 1 and not yet done, or -1. */
+static int
+least_axis(const view *v, unsigned long long done, size_t *step)
+{
+    int least = -1;
+    for (int i = 0; i < v->n_axis; i++) {
+        if (v->shape[i] > 1 && !(done >> i & 1)) {
+            size_t size = v->step[i] < 0 ? 0 - (size_t)v->step[i] : (size_t)v->step[i];
+            if (least < 0 || size < *step) {
+                least = i;
+                *step = size;
+            }
+        }
+    }
+    return least;
+}
+
 /* False if two indices may lead to one element: each step must reach past all
  * that the smaller steps cover. */
 static bool
 has_distinct_elements(const view *v, npy_intp item_size)
 {
-    npy_intp covered = item_size;
+    size_t covered = (size_t)item_size, step = 0;
     unsigned long long done = 0;
     if (size_of(v) == 0) {
         return true;
     }
-    for (int round = 0; round < v->n_axis; round++) {
-        int least = -1;
-        npy_intp least_step = 0;
-        for (int i = 0; i < v->n_axis; i++) {
-            npy_intp step = v->step[i] < 0 ? -v->step[i] : v->step[i];
-            if (!(done >> i & 1) && (least < 0 || step < least_step)) {
-                least = i;
-                least_step = step;
-            }
+    for (int i; (i = least_axis(v, done, &step)) >= 0; done |= 1ull << i) {
+        if (step < covered) {
+            return false;
         }
-        done |= 1ull << least;
-        if (v->shape[least] > 1) {
-            if (least_step < covered) {
-                return false;
-            }
-            covered += (v->shape[least] - 1) * least_step;
-        }
+        covered += (size_t)(v->shape[i] - 1) * step;
     }
     return true;
 }

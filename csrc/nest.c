@@ -51,7 +51,7 @@ static size_t
 last_step(const nest *loops, int axis)
 {
     ptrdiff_t step = loops->step[axis][LAST];
-    return (size_t)(step < 0 ? -step : step);
+    return step < 0 ? 0 - (size_t)step : (size_t)step;
 }
 
 static void
@@ -69,8 +69,8 @@ static bool
 continues(const nest *loops, int axis)
 {
     for (int i = 0; i < NEST_N_OPERAND; i++) {
-        ptrdiff_t inner = loops->step[axis + 1][i] * (ptrdiff_t)loops->size[axis + 1];
-        if (loops->step[axis][i] != inner) {
+        size_t inner = (size_t)loops->step[axis + 1][i] * loops->size[axis + 1];
+        if ((size_t)loops->step[axis][i] != inner) {
             return false;
         }
     }

@@ -7,6 +7,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #include <pthread.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 const bool parallel_has_openmp = true;
 #else
@@ -49,6 +52,28 @@ parallel_n_thread(void)
     return wanted > 0 ? wanted : omp_get_max_threads();
 }
 
+/* How the calling thread rounds, and whether it flushes subnormals: the team is to
+ * do as it does, or results would depend on the number of threads. */
+static unsigned
+get_float_mode(void)
+{
+#ifdef __SSE__
+    return _mm_getcsr();
+#else
+    return 0;
+#endif
+}
+
+static void
+set_float_mode(unsigned mode)
+{
+#ifdef __SSE__
+    _mm_setcsr(mode);
+#else
+    (void)mode;
+#endif
+}
+
 void
 parallel_run(parallel_body *body, void *job, int n_part)
 {
@@ -58,9 +83,13 @@ parallel_run(parallel_body *body, void *job, int n_part)
         return;
     }
     /* A loop, not one part per thread: the team may be smaller than asked for. */
+    unsigned mode = get_float_mode();
 #pragma omp parallel for num_threads(n_part) schedule(static, 1)
     for (int part = 0; part < n_part; part++) {
+        unsigned own = get_float_mode();
+        set_float_mode(mode);
         body(job, part, n_part);
+        set_float_mode(own);
     }
 }
 

@@ -35,7 +35,10 @@ def real_number(function, parameter, value, rule="be a finite number", holds=Non
     """Return `value` as a float; raise unless it is finite and `holds`."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool):
         raise TypeError(must(function, parameter, rule, repr(value)))
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(must(function, parameter, rule, "a larger number")) from None
     if not math.isfinite(value) or (holds is not None and not holds(value)):
         raise ValueError(must(function, parameter, rule, repr(value)))
     return value
@@ -73,31 +76,40 @@ def as_array(function, parameter, value):
 def real_array(function, parameter, value):
     """Return `value` as a float64 array; raise unless it holds real numbers."""
     array = np.asarray(as_array(function, parameter, value))
-    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-        raise TypeError(
-            must(function, parameter, "hold real numbers", f"dtype {array.dtype}")
-        )
+    kind, name = array.dtype.kind, array.dtype.name
+    if (kind not in "biuf" or array.itemsize > 8) and name != "bfloat16":
+        rule = "hold real numbers that float64 can hold"
+        raise TypeError(must(function, parameter, rule, f"dtype {array.dtype}"))
+    if kind in "iu" and array.itemsize == 8 and array.size:
+        extreme = max(int(array.max()), -int(array.min()))
+        if extreme > 2**53:
+            rule = "hold whole numbers of magnitude at most 2**53"
+            raise ValueError(must(function, parameter, rule, extreme))
     return array.astype(np.float64, copy=False)
+
+
+def true_or_false(function, parameter, value):
+    """Raise unless `value` is a bool."""
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(must(function, parameter, "be True or False", repr(value)))
 
 
 def out_array(function, out, shape, dtype, parameter="out"):
     """Raise unless `out` is an array that a result can be written to."""
-    if not hasattr(out, "__array_ufunc__") or not hasattr(out, "shape"):
-        kind = type(out).__name__
-        raise TypeError(must(function, parameter, "be an array", kind))
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        rule, got = "be a plain NumPy array", type(out).__name__
+        raise TypeError(must(function, parameter, rule, got))
     if tuple(out.shape) != tuple(shape):
         rule = f"have shape {tuple(shape)}"
         raise ValueError(must(function, parameter, rule, f"shape {tuple(out.shape)}"))
     if out.dtype != dtype:
         rule = f"have dtype {np.dtype(dtype)}"
         raise TypeError(must(function, parameter, rule, f"dtype {out.dtype}"))
-    if isinstance(out, np.ndarray):
-        if not out.flags.writeable:
-            rule, got = "be writeable", "a read-only array"
-            raise ValueError(must(function, parameter, rule, got))
-        if _may_hold_an_element_twice(out):
-            rule, got = "not overlap itself", f"strides {out.strides}"
-            raise ValueError(must(function, parameter, rule, got))
+    if not out.flags.writeable:
+        raise ValueError(must(function, parameter, "be writeable", "a read-only array"))
+    if _may_hold_an_element_twice(out):
+        rule, got = "not overlap itself", f"strides {out.strides}"
+        raise ValueError(must(function, parameter, rule, got))
 
 
 def _may_hold_an_element_twice(array):

@@ -294,17 +294,22 @@ def _nothing():
 
 
 class ExactForward:
-    """The ``forward`` that makes exact tables for one rotary module."""
+    """The ``forward`` that makes exact tables for one rotary module.
+
+    A deep copy of the module inherits the function, which there does what the class
+    does: it knows neither the copy's frequencies nor what may change them.
+    """
 
     def __init__(self):
         self.frequencies = None  # None: stand aside
-        self.function = _nothing
+        self.function = self.module = _nothing
 
     def install(self, module, frequencies):
         self.frequencies = frequencies
         if self.function() is None:
-            forward = _make_exact_forward(self, module.__dict__.get("forward"))
-            # A bound method, so that a deep copy of the model gets its own.
+            self.module = weakref.ref(module)
+            forward = _make_exact_forward(self, _foreign_forward(module))
+            # A bound method, which a deep copy of the model binds to the copy.
             module.forward = types.MethodType(forward, module)
             self.function = weakref.ref(forward)
 
@@ -319,6 +324,13 @@ class ExactForward:
             module.forward = ours.previous
 
 
+def _foreign_forward(module):
+    """Return what stands on the instance, unless a copied module inherited ours."""
+    current = module.__dict__.get("forward")
+    ours = hasattr(getattr(current, "__func__", None), "previous")
+    return None if ours else current
+
+
 def _make_exact_forward(exact, previous):
     """Make a rotary module's ``forward``, around what stood on the instance."""
     import numpy as np
@@ -329,7 +341,7 @@ def _make_exact_forward(exact, previous):
     tensor_obstacle, traced = make_tensor_obstacle(), make_trace_mark("table")
 
     def original(self, x, position_ids):
-        if previous is not None:
+        if previous is not None and self is exact.module():
             return previous(x, position_ids)
         return type(self).forward(self, x, position_ids)
 
@@ -337,7 +349,7 @@ def _make_exact_forward(exact, previous):
         if torch.compiler.is_compiling():
             traced()
             return original(self, x, position_ids)
-        if exact.frequencies is None:
+        if exact.frequencies is None or self is not exact.module():
             return original(self, x, position_ids)
         reason = tensor_obstacle((x, position_ids))
         tally.add("table", reason)

@@ -1,6 +1,8 @@
 """Rotary position embedding: tables of angles, and the rotation by them."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+import contextlib
+
 import numpy as np
 
 from . import _core
@@ -108,9 +110,9 @@ def rope(
     >>> posenc.rope([[1.0, 0.0]], cos=[[0.0]], sin=[[1.0]])
     array([[0., 1.]])
     """
-    if inverse:
-        cos, sin = inverse_table("rope", cos, sin, adjoint)
-    result = _core.rope_arrays(x, cos, sin, layout, axis, positions, bool(adjoint), out)
+    if inverse is not False:
+        cos, sin = inverse_table("rope", cos, sin, inverse, adjoint)
+    result = _core.rope_arrays(x, cos, sin, layout, axis, positions, adjoint, out)
     if result is not NotImplemented:
         return result
     one_of("rope", "layout", layout, _LAYOUTS)
@@ -175,11 +177,11 @@ def rope_qk(
     >>> k.shape
     (2, 1, 5, 8)
     """
-    if inverse:
-        cos, sin = inverse_table("rope_qk", cos, sin, adjoint)
+    if inverse is not False:
+        cos, sin = inverse_table("rope_qk", cos, sin, inverse, adjoint)
     q_out, k_out = pair("rope_qk", out)
     result = _core.rope_qk_arrays(
-        q, k, cos, sin, layout, axis, positions, bool(adjoint), q_out, k_out
+        q, k, cos, sin, layout, axis, positions, adjoint, q_out, k_out
     )
     if result is not NotImplemented:
         return result
@@ -193,9 +195,11 @@ def rope_qk(
     if share_memory(q_out, k_out):
         rule = "hold two arrays that do not overlap"
         raise ValueError(must("rope_qk", "out", rule, "overlapping arrays"))
-    # The first result must not change what the second reads.
-    second = plans[1].apart_from(q_out)
-    return plans[0].run(), second.run()
+    # The first result must not change what the second reads; and what may fail, for
+    # want of memory, comes before anything is written.
+    plans[1] = plans[1].apart_from(q_out)
+    first, second = (each.with_result() for each in plans)
+    return first.run(), second.run()
 
 
 def rope_complex(
@@ -241,9 +245,9 @@ def rope_complex(
     >>> posenc.rope_complex([[1.0, 0.0]], [[1j]])
     array([[0., 1.]])
     """
-    if inverse:
-        cis = inverse_complex("rope_complex", cis, adjoint)
-    result = _core.rope_complex_arrays(x, cis, axis, positions, bool(adjoint), out)
+    if inverse is not False:
+        cis = inverse_complex("rope_complex", cis, inverse, adjoint)
+    result = _core.rope_complex_arrays(x, cis, axis, positions, adjoint, out)
     if result is not NotImplemented:
         return result
     table = complex_table("rope_complex", cis, positions, adjoint)
@@ -305,7 +309,7 @@ def rope_table(
     -----
     Exact float32 entries are within 0.501 ulp of
     ``attention_factor * cos(position * inv_freq)``, float64 entries within 1 ulp,
-    for every finite input and also where the value is next to zero.
+    for every finite float64 input and also where the value is next to zero.
 
     References
     ----------
@@ -385,26 +389,16 @@ def rope_cis(
     >>> posenc.rope_cis([0, 1], [1.0]).shape
     (2, 1)
     """
-    try:
+    with contextlib.suppress(TypeError):
         dtype = np.dtype(dtype)
-        real = {np.dtype(c): r for r, c in COMPLEX.items()}[dtype]
-    except (TypeError, KeyError):
+    if dtype not in COMPLEX.values():
         rule = "be complex64 or complex128"
-        raise TypeError(must("rope_cis", "dtype", rule, repr(dtype))) from None
+        raise TypeError(must("rope_cis", "dtype", rule, repr(dtype)))
     positions = real_array("rope_cis", "positions", positions)
     inv_freq = real_array("rope_cis", "inv_freq", inv_freq)
     shape = positions.shape + inv_freq.shape
     cis = table_result("rope_cis", "out", out, shape, dtype)
     cos, sin = cis.view(np.ndarray).real, cis.view(np.ndarray).imag
-    if real != cos.dtype:  # a byte-swapped result: by way of a native one
-        cis[...] = rope_cis(
-            positions,
-            inv_freq,
-            attention_factor=attention_factor,
-            angles=angles,
-            dtype=dtype,
-        )
-        return cis
     fill_table("rope_cis", positions, inv_freq, attention_factor, angles, cos, sin)
     return cis
 

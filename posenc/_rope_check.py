@@ -6,7 +6,15 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _core
-from ._check import as_array, must, one_of, out_array, real_number, whole_number
+from ._check import (
+    as_array,
+    must,
+    one_of,
+    out_array,
+    real_number,
+    true_or_false,
+    whole_number,
+)
 
 ANGLES = ("exact", "float32")
 COMPLEX = {np.dtype(np.float32): np.complex64, np.dtype(np.float64): np.complex128}
@@ -25,6 +33,12 @@ class Plan(NamedTuple):
         if self.out is None:
             return self.gufunc(self.x, *self.table)
         return self.gufunc(self.x, *self.table, out=self.out)
+
+    def with_result(self):
+        """Return the plan with its result allocated, if that is ours to do."""
+        if self.out is None and type(self.x) is np.ndarray:
+            return self._replace(out=np.empty_like(self.x))
+        return self
 
     def apart_from(self, written):
         """Return the plan with copies of what shares memory with `written`."""
@@ -45,9 +59,10 @@ def plan(function, x_name, x, gufunc, table, axis, out_name, out):
         raise ValueError(must(function, name, rule, first.shape[-1]))
     dtype = _common(x.dtype, *(t.real.dtype for t in table.values()))
     if out is not None:
-        if not isinstance(x, np.ndarray):
-            rule = f"be None for {x_name} of type {type(x).__name__}"
-            raise TypeError(must(function, out_name, rule, type(out).__name__))
+        for operand_name, operand in {x_name: x, **table}.items():
+            if not isinstance(operand, np.ndarray):
+                rule = f"be None for {operand_name} of type {type(operand).__name__}"
+                raise TypeError(must(function, out_name, rule, type(out).__name__))
         out_array(function, out, x.shape, dtype, out_name)
     kinds = {"cis": COMPLEX[dtype]}
     operands = []
@@ -68,7 +83,8 @@ def _rows_like(function, name, table, x_name, x, axis):
         raise ValueError(must(function, "axis", rule, axis))
     axis %= n_axis
     shape = list(table)
-    if len(table) in (2, 3) and len(table) != n_axis and len(table) - 2 <= axis:
+    is_short = 1 < len(table) < 4 and len(table) != n_axis
+    if n_axis > 1 and is_short and len(table) - 2 <= axis:
         shape = [1] * n_axis
         shape[0] = table[0] if len(table) == 3 else 1
         shape[-1] = table[-1]
@@ -85,6 +101,7 @@ def _rows_like(function, name, table, x_name, x, axis):
 
 def planar_table(function, cos, sin, positions, adjoint):
     """Check cosines and sines; return them by name, gathered by positions."""
+    true_or_false(function, "adjoint", adjoint)
     cos, sin, dtype = _cosines_sines(function, cos, sin)
     if adjoint:
         sin = -sin.astype(dtype, copy=False)
@@ -93,6 +110,7 @@ def planar_table(function, cos, sin, positions, adjoint):
 
 def complex_table(function, cis, positions, adjoint):
     """Check a complex table; return it by name, gathered by positions."""
+    true_or_false(function, "adjoint", adjoint)
     cis = _complexes(function, cis)
     return _gather(function, ("cis",), [np.conj(cis) if adjoint else cis], positions)
 
@@ -139,23 +157,32 @@ def _common(*dtypes):
     return np.result_type(*(d if d.kind == "f" else np.float64 for d in dtypes))
 
 
-def inverse_table(function, cos, sin, adjoint):
-    """Return the table whose rotations undo those of (cos, sin)."""
+def inverse_table(function, cos, sin, inverse, adjoint):
+    """Return the table whose rotations undo those of (cos, sin), if so asked."""
+    true_or_false(function, "inverse", inverse)
+    true_or_false(function, "adjoint", adjoint)
+    if not inverse:
+        return cos, sin
     if adjoint:
         rule = "not be set together with adjoint"
         raise ValueError(must(function, "inverse", rule, True))
     cos, sin, dtype = _cosines_sines(function, cos, sin)
     cos, sin = cos.astype(np.float64), sin.astype(np.float64)
     with np.errstate(all="ignore"):
+        # By a power of two first, which costs no bit: squares of tables with a
+        # large or small attention factor would leave the range of float64.
+        _, exponent = np.frexp(np.maximum(np.abs(cos), np.abs(sin)))
+        cos, sin = np.ldexp(cos, -exponent), np.ldexp(sin, -exponent)
         square = cos * cos + sin * sin
-        return (cos / square).astype(dtype), (-sin / square).astype(dtype)
+        parts = np.ldexp(cos / square, -exponent), np.ldexp(-sin / square, -exponent)
+        return parts[0].astype(dtype), parts[1].astype(dtype)
 
 
-def inverse_complex(function, cis, adjoint):
-    """Return the complex table whose products undo those of cis."""
+def inverse_complex(function, cis, inverse, adjoint):
+    """Return the complex table whose products undo those of cis, if so asked."""
     cis = _complexes(function, cis)
     inverted = np.empty_like(cis)
-    parts = inverse_table(function, cis.real, cis.imag, adjoint)
+    parts = inverse_table(function, cis.real, cis.imag, inverse, adjoint)
     inverted.real, inverted.imag = parts
     return inverted
 
@@ -216,9 +243,8 @@ def fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin
         raise ValueError(must(function, "inv_freq", "have one axis", got))
     recipe = angles == "float32"
     done = _core.cos_sin_arrays(positions, inv_freq, factor, recipe, cos, sin)
-    if done is NotImplemented:
-        native = cos.dtype.newbyteorder("=")
-        fresh = np.empty(cos.shape, native), np.empty(cos.shape, native)
+    if done is NotImplemented:  # the result lies in the memory of the inputs
+        fresh = np.empty(cos.shape, cos.dtype), np.empty(cos.shape, cos.dtype)
         positions, inv_freq = positions.copy(), inv_freq.copy()
         _core.cos_sin_arrays(positions, inv_freq, factor, recipe, *fresh)
         cos[...], sin[...] = fresh

@@ -1,6 +1,8 @@
 """What was built, and how many threads run."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+import os
+
 from . import _core
 from ._check import whole_number
 from ._version import __version__
@@ -65,7 +67,8 @@ def set_num_threads(n):
     Parameters
     ----------
     n : int or None
-        Number of threads, at least 1; None goes back to what OpenMP says.
+        Number of threads, at least 1; more than eight per processor are cut to that.
+        None goes back to what OpenMP says.
 
     Raises
     ------
@@ -85,8 +88,5 @@ def set_num_threads(n):
     >>> posenc.set_num_threads(None)
     """
     wanted = 0 if n is None else whole_number("set_num_threads", "n", n, 1)
-    _core.set_num_threads(min(wanted, _MOST_THREADS))
-
-
-# More threads than this help nobody, and OpenMP takes an int.
-_MOST_THREADS = 4096
+    # A process that cannot make the threads it asks OpenMP for is aborted.
+    _core.set_num_threads(min(wanted, 8 * (os.cpu_count() or 1)))

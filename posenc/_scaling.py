@@ -38,7 +38,11 @@ def ntk_theta(dim, theta, alpha):
     if dim < 4:
         rule = "be at least 4 for rope_type 'ntk'"
         raise ValueError(must(_HERE, "dim", rule, dim))
-    return theta * alpha ** (dim / (dim - 2))
+    try:
+        return theta * alpha ** (dim / (dim - 2))
+    except OverflowError:
+        rule = f"leave theta * alpha ** (dim / (dim - 2)) finite for dim {dim}"
+        raise ValueError(must(_HERE, "scaling['alpha']", rule, alpha)) from None
 
 
 # What this package can compute by itself, by the name transformers gives it; ntk
@@ -158,4 +162,5 @@ def rope_inv_freq(dim, *, theta=10000.0, scaling=None, seq_len=None, dtype=np.fl
         rule = f"be one of {', '.join(map(repr, ROPE_TYPES))}"
         name = "scaling['rope_type']"
         raise ValueError(must(_HERE, name, rule, repr(rope_type)))
-    return ROPE_TYPES[rope_type](scaling, dim, theta, dtype)
+    with np.errstate(all="ignore"):  # what float32 cannot hold becomes inf or 0
+        return ROPE_TYPES[rope_type](scaling, dim, theta, dtype)

@@ -17,6 +17,7 @@ from gufuncs import DTYPES, lay_out, sprinkle
 
 import posenc
 from posenc import ufunc
+from posenc._rope_check import inverse_table
 
 GUFUNC = {"half": ufunc.rope_half, "interleaved": ufunc.rope_interleaved}
 DIRECTIONS = ({}, {}, {"adjoint": True}, {"inverse": True})
@@ -128,12 +129,8 @@ def by_gufunc(call):
     cos, sin = (np.array(t, t.dtype.newbyteorder("=")) for t in (call.cos, call.sin))
     if call.direction.get("adjoint"):
         sin = -sin
-    if call.direction.get("inverse"):
-        with np.errstate(all="ignore"):
-            wide = cos.astype(np.float64), sin.astype(np.float64)
-            square = wide[0] * wide[0] + wide[1] * wide[1]
-            cos = (wide[0] / square).astype(cos.dtype)
-            sin = (-wide[1] / square).astype(cos.dtype)
+    if call.direction.get("inverse"):  # the doors differ after this, not in it
+        cos, sin = inverse_table("fuzz", cos, sin, True, False)
     if call.positions is not None:
         cos, sin = cos[call.positions], sin[call.positions]
     results = []
