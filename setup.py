@@ -24,7 +24,9 @@ extra = os.environ.get("POSENC_CFLAGS", "").split()  # e.g. -Werror, sanitizers
 
 setup(
     # Objects of an earlier build may come from other settings of the environment.
-    options={"build_ext": {"force": True}},
+    # An editable install by path: a folder called posenc beside a script, such as the
+    # clone itself, would otherwise be taken for the package.
+    options={"build_ext": {"force": True}, "editable_wheel": {"mode": "compat"}},
     ext_modules=[
         Extension(
             "posenc._core",

@@ -49,24 +49,21 @@ def set_threads(n_thread):
     posenc.set_num_threads(n_thread)
 
 
-def run_all(threads, rounds, budget, only):
+def run_all(chosen, threads, rounds, budget):
     """Return one record per case and number of threads."""
     records = []
-    for make in tqdm(list(all_cases()), desc="cases"):
+    for _, make in tqdm(chosen, desc="cases"):
         set_threads(max(threads))
         with torch.no_grad():
             for case in make():
-                if only and only not in case.name:
-                    continue
-                for n_thread in threads:
+                for n_thread in threads[:1] if case.one_thread else threads:
                     set_threads(n_thread)
-                    seconds = measure(case, rounds, budget)
                     records.append(
                         {
                             "case": case.name,
                             "threads": n_thread,
                             "error": case.error,
-                            "seconds": seconds,
+                            "seconds": measure(case, rounds, budget),
                         }
                     )
         gc.collect()
@@ -150,11 +147,19 @@ def main():
     parser.add_argument(
         "--budget", type=float, default=0.05, help="seconds per function and round"
     )
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="cases whose name contains this, such as T=1,"
+    )
     parser.add_argument("--readme", action="store_true", help="write README's table")
     options = parser.parse_args()
     threads = [int(n) for n in options.threads.split(",")]
-    records = run_all(threads, options.rounds, options.budget, options.only)
+    if min(threads) < 1:
+        parser.error(f"--threads must be numbers of at least 1; got {options.threads}")
+    chosen = [case for case in all_cases() if options.only in case[0]]
+    if not chosen:
+        names = "; ".join(name for name, _ in all_cases())
+        parser.error(f"--only must be part of one of: {names}; got {options.only!r}")
+    records = run_all(chosen, threads, options.rounds, options.budget)
     result = {"machine": machine(), "records": records}
     print(as_table(records))
     if not options.only:

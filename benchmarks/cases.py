@@ -27,6 +27,7 @@ class Case:
     name: str
     error: str
     run: dict[str, Callable] = field(default_factory=dict)
+    one_thread: bool = False  # too small for a second one
 
 
 def _transformers_rope():
@@ -104,6 +105,7 @@ def rotation(length, layout, dtype=torch.float32, memory="BTHD", compiled=True):
     case = Case(
         f"rope_qk {layout}, {str(dtype)[6:]}, T={length}, {memory}",
         _compare(ours, [t.numpy() for t in theirs]),
+        one_thread=length == 1,
     )
     # In place on arrays of its own: repeated rotation keeps the norm.
     own = tuple(a.copy(order="K") for a in arrays)
@@ -216,7 +218,9 @@ def small_calls():
     config = LlamaConfig(hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS)
     theirs, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     ours, _ = posenc.rope_inv_freq(HEAD_DIM, dtype=np.float32)
-    frequencies = Case("rope_inv_freq float32", _compare([ours], [theirs.numpy()]))
+    frequencies = Case(
+        "rope_inv_freq float32", _compare([ours], [theirs.numpy()]), one_thread=True
+    )
     frequencies.run = {
         "fresh": lambda: posenc.rope_inv_freq(HEAD_DIM, dtype=np.float32),
         "eager": lambda: LlamaRotaryEmbedding.compute_default_rope_parameters(config),
@@ -229,6 +233,7 @@ def small_calls():
     matrix = Case(
         "rope_matrix @ x against rope",
         _compare([dense @ vector], posenc.rope(vector[None], cos, sin)),
+        one_thread=True,
     )
     matrix.run = {
         "fresh": lambda: posenc.rope(vector[None], cos, sin),
@@ -252,15 +257,27 @@ def small_calls():
 
 
 def all_cases():
-    """Yield functions that make the cases, one by one: each holds much memory."""
-    for layout in ("half", "interleaved"):
-        yield lambda layout=layout: [rotation(2048, layout)]
-        yield lambda layout=layout: [rotation(128, layout)]
-    yield lambda: [rotation(2048, "half", memory="BHTD")]
-    yield lambda: [rotation(2048, "interleaved", memory="BHTD", compiled=False)]
-    yield lambda: [rotation(2048, "half", dtype=torch.float64, compiled=False)]
-    yield lambda: [rotation(1, "half")]
-    yield lambda: [single()]
-    yield lambda: [complex_product()]
-    yield lambda: [table("exact"), table("float32")]
-    yield small_calls
+    """Return pairs (what the names contain, a function that makes the cases).
+
+    Made one by one: each holds much memory.
+    """
+
+    def rotations(layout, length, memory="BTHD", **options):
+        name = f"rope_qk {layout}, T={length}, {memory}"
+        return name, lambda: [rotation(length, layout, memory=memory, **options)]
+
+    return [
+        rotations("half", 2048),
+        rotations("half", 128),
+        rotations("interleaved", 2048),
+        rotations("interleaved", 128),
+        rotations("half", 2048, "BHTD"),
+        rotations("interleaved", 2048, "BHTD", compiled=False),
+        rotations("half", 2048, dtype=torch.float64, compiled=False),
+        rotations("half", 1),
+        ("rope against its gufunc", lambda: [single()]),
+        ("rope_complex", lambda: [complex_product()]),
+        ("rope_table exact", lambda: [table("exact")]),
+        ("rope_table float32", lambda: [table("float32")]),
+        ("rope_inv_freq rope_matrix permute_layout", small_calls),
+    ]

@@ -62,8 +62,10 @@ def as_array(function, parameter, value):
     kind = type(value)
     is_tensor = kind.__module__.partition(".")[0] == "torch"
     if is_tensor or isinstance(value, np.ma.MaskedArray):
-        rule = "be a plain NumPy array or a list"
+        rule = "be a plain NumPy array or a list (of a tensor: its .numpy())"
         raise TypeError(must(function, parameter, rule, kind.__name__))
+    if value is None:
+        raise TypeError(must(function, parameter, "be an array", value))
     if hasattr(value, "__array_ufunc__") and hasattr(value, "ndim"):
         return value
     try:

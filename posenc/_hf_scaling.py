@@ -11,6 +11,7 @@ import threading
 import types
 import weakref
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ._check import must
 from ._hf_rotation import make_tensor_obstacle, make_trace_mark, tally
@@ -37,26 +38,54 @@ class Request:
     length: int | None
     exact: bool
 
+    @property
+    def rewrites(self):
+        return self.scaling is not None or self.length is not None
+
     def __bool__(self):
-        return self.scaling is not None or self.length is not None or self.exact
+        return self.rewrites or self.exact
 
 
 class Written(dict):
-    """RoPE parameters that a patch wrote, with what they replaced.
+    """RoPE parameters that patches wrote, with what they replaced.
 
     A deep copy of the config keeps the memory, so that nothing is scaled twice; a
     pickle holds a plain dict.
     """
 
-    def __init__(self, parameters, before, length):
+    def __init__(self, parameters, before, length, requests):
         super().__init__(parameters)
-        self.before, self.length = before, length
+        self.before, self.length, self.requests = before, length, requests
 
     def __deepcopy__(self, memo):
-        return Written(copy.deepcopy(dict(self), memo), dict(self.before), self.length)
+        parameters = copy.deepcopy(dict(self), memo)
+        return Written(parameters, dict(self.before), self.length, self.requests)
 
     def __reduce__(self):
         return dict, (dict(self),)
+
+
+class Pristine(NamedTuple):
+    """A config, what its undo brings back, and what no patch has ever touched.
+
+    They differ in a copy of a patched model, which keeps the scaling as its own.
+    """
+
+    config: object
+    parameters: dict
+    length: int
+    unscaled: dict
+    trained_length: int
+
+    @classmethod
+    def of(cls, config, asked=()):
+        """Look at a config; what these requests wrote is not its own."""
+        written, length = config.rope_parameters, config.max_position_embeddings
+        if not isinstance(written, Written):
+            return cls(config, written, length, written, length)
+        unscaled = dict(written.before), written.length
+        own = unscaled if set(written.requests) <= set(asked) else (written, length)
+        return cls(config, *own, *unscaled)
 
 
 class Subject:
@@ -66,31 +95,31 @@ class Subject:
     latest of which decides; so patches nest and may be undone in any order.
     """
 
-    def __init__(self, config, twins=()):
+    def __init__(self, config, twins=(), asked=()):
         self.requests, self.rewritten = [], False
         self.modules = weakref.WeakKeyDictionary()  # -> state to restore, None: none
         self.exact = weakref.WeakKeyDictionary()  # -> ExactForward
-        self.copied = isinstance(config.rope_parameters, Written)
-        self.pristine = [_pristine(each) for each in (config, *twins)]
+        self.pristine = [Pristine.of(each, asked) for each in (config, *twins)]
 
     @property
     def config(self):
-        return self.pristine[0][0]
+        return self.pristine[0].config
 
     def settings(self, requests):
         """Return (rope_parameters, max_position_embeddings) as these requests say."""
-        config, before, old_length = self.pristine[0]
+        config, own, own_length, unscaled, trained_length = self.pristine[0]
         scalings = [r.scaling for r in requests if r.scaling is not None]
         lengths = [r.length for r in requests if r.length is not None]
         if not scalings and not lengths:
-            return before, old_length
-        after = _rewrite(scalings[-1], before, config) if scalings else dict(before)
-        length = lengths[-1] if lengths else old_length
+            return own, own_length
+        after = _rewrite(scalings[-1], unscaled, config) if scalings else dict(own)
+        length = lengths[-1] if lengths else own_length
         if "dynamic" in after["rope_type"]:
-            length = min(length, old_length)
+            length = min(length, trained_length)
         elif after["rope_type"] in TRAINED_LENGTH_TYPES:
-            after.setdefault("original_max_position_embeddings", old_length)
-        return Written(after, before, old_length), length
+            after.setdefault("original_max_position_embeddings", trained_length)
+        writers = tuple(request for request in requests if request.rewrites)
+        return Written(after, unscaled, trained_length, writers), length
 
     def adopt(self, module):
         """Let a module follow this config; it comes back to the state it is in."""
@@ -124,15 +153,15 @@ class Subject:
     def settle(self):
         """Bring configs and modules to what the active requests say."""
         parameters, length = self.settings(self.requests)
-        rewrite = isinstance(parameters, Written)
+        rewrite = any(request.rewrites for request in self.requests)
         modules = list(self.modules)
         if rewrite and not self.rewritten:
             for module in modules:
-                self.modules[module] = None if self.copied else _state(module)
+                self.modules[module] = _state(module)
         if rewrite or self.rewritten:
-            for config, before, old_length in self.pristine:
-                config.rope_parameters = parameters if rewrite else before
-                config.max_position_embeddings = length if rewrite else old_length
+            for config, own, own_length, *_ in self.pristine:
+                config.rope_parameters = parameters if rewrite else own
+                config.max_position_embeddings = length if rewrite else own_length
             for module in modules:
                 state = None if rewrite else self.modules[module]
                 _recompute(module) if state is None else _restore(module, state)
@@ -149,11 +178,11 @@ class Subject:
             exact.remove(module)
 
 
-def subject_of(config, twins=()):
+def subject_of(config, twins=(), asked=()):
     """Return the `Subject` of a config, a new one if no patch asks anything of it."""
     subject = subjects.get(id(config))
     if subject is None or not subject.requests:
-        subject = subjects[id(config)] = Subject(config, twins)
+        subject = subjects[id(config)] = Subject(config, twins, asked)
     return subject
 
 
@@ -177,7 +206,7 @@ def make_constructor(replacement):
 
     def __init__(self, config, *args, **kwargs):
         with lock:
-            subject = subject_of(config) if standing else None
+            subject = subject_of(config, asked=standing) if standing else None
             if subject is not None and (missing := subject.missing()):
                 subject.push(*missing)
         original(self, config, *args, **kwargs)
@@ -187,14 +216,6 @@ def make_constructor(replacement):
                 subject.settle_exact(self)
 
     return __init__
-
-
-def _pristine(config):
-    """Return (config, rope_parameters, max_position_embeddings) before any patch."""
-    written = config.rope_parameters
-    if isinstance(written, Written):
-        return config, dict(written.before), written.length
-    return config, written, config.max_position_embeddings
 
 
 def _rewrite(scaling, before, config):
@@ -325,10 +346,11 @@ class ExactForward:
 
 
 def _foreign_forward(module):
-    """Return what stands on the instance, unless a copied module inherited ours."""
+    """Return what stands on the instance, unless it is what a copy inherits."""
     current = module.__dict__.get("forward")
-    ours = hasattr(getattr(current, "__func__", None), "previous")
-    return None if ours else current
+    exact = getattr(getattr(current, "__func__", None), "exact", None)
+    inherited = isinstance(exact, ExactForward) and exact.module() is not module
+    return None if inherited else current
 
 
 def _make_exact_forward(exact, previous):
@@ -367,5 +389,5 @@ def _make_exact_forward(exact, previous):
             for table in tables
         )
 
-    forward.previous = previous
+    forward.exact, forward.previous = exact, previous
     return forward

@@ -47,7 +47,7 @@ class Plan(NamedTuple):
         return self._replace(x=x, table=table)
 
 
-def plan(function, x_name, x, gufunc, table, axis, out_name, out):
+def plan(function, x_name, x, gufunc, table, axis, positions, out_name, out):
     """Check one rotation and bring its operands to one dtype and rank."""
     x = as_array(function, x_name, x)
     _real_kind(function, x_name, x.dtype)
@@ -55,7 +55,8 @@ def plan(function, x_name, x, gufunc, table, axis, out_name, out):
         raise ValueError(must(function, x_name, "have at least one axis", "shape ()"))
     name, first = next(iter(table.items()))
     if 2 * first.shape[-1] > x.shape[-1]:
-        rule = f"hold at most head_dim // 2 = {x.shape[-1] // 2} angles"
+        most = x.shape[-1] // 2
+        rule = f"hold at most head_dim // 2 = {most} angles, each of them once"
         raise ValueError(must(function, name, rule, first.shape[-1]))
     dtype = _common(x.dtype, *(t.real.dtype for t in table.values()))
     if out is not None:
@@ -67,13 +68,13 @@ def plan(function, x_name, x, gufunc, table, axis, out_name, out):
     kinds = {"cis": COMPLEX[dtype]}
     operands = []
     for name, part in table.items():
-        shape = _rows_like(function, name, part.shape, x_name, x.shape, axis)
+        shape = _rows_like(function, name, part.shape, x_name, x.shape, axis, positions)
         part = part.astype(kinds.get(name, dtype), copy=False)
         operands.append(part.reshape(shape))
     return Plan(gufunc, x.astype(dtype, copy=False), operands, out)
 
 
-def _rows_like(function, name, table, x_name, x, axis):
+def _rows_like(function, name, table, x_name, x, axis, positions):
     """Return the shape that gives a table as many axes as x, from both shapes."""
     n_axis = len(x)
     axis = whole_number(function, "axis", axis, min(-n_axis, -2))
@@ -91,11 +92,14 @@ def _rows_like(function, name, table, x_name, x, axis):
         shape[axis] = table[-2] if table[-2] == x[axis] else None
     pairs = zip(shape[:-1], x[:-1], strict=False)
     if len(shape) != n_axis or any(rows not in (1, size) for rows, size in pairs):
+        forms, shown = "(T, M) or (B, T, M)", table
+        if positions is not None:
+            name, forms, shown = "positions", "(T,) or (B, T)", table[:-1]
         rule = (
-            f"be of shape (T, M) or (B, T, M), or broadcast, for {x_name} of shape "
-            f"{x} with T along axis {axis}"
+            f"be of shape {forms}, or broadcast, for {x_name} of shape {x} "
+            f"with T along axis {axis}"
         )
-        raise ValueError(must(function, name, rule, f"shape {table}"))
+        raise ValueError(must(function, name, rule, f"shape {shown}"))
     return shape
 
 

@@ -800,7 +800,9 @@ def test_large_results_have_the_bits_of_small_ones(layout, dtype, n_pair):
 def test_torch_tensors_are_refused_for_now():
     torch = pytest.importorskip("torch")
     tensor, cos, sin = torch.ones(5, 12), random((5, 6)), random((5, 6), seed=2)
-    text = "must be a plain NumPy array or a list; got Tensor"
+    text = (
+        "must be a plain NumPy array or a list (of a tensor: its .numpy()); got Tensor"
+    )
     for parameter, call in {
         "rope: x": lambda: rope(tensor, cos, sin),
         "rope_qk: k": lambda: posenc.rope_qk(random((5, 12)), tensor, cos, sin),

@@ -8,6 +8,7 @@ The worst errors are printed at the end of the run, under "measured".
 import json
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
 import reference
@@ -169,6 +170,29 @@ def test_entries_of_a_long_table_next_to_zero(theta, dtype, measured):
         f"131072 x 64, theta {theta:g}"
     )
     assert count > 64
+    assert worst <= TABLE_ULP[np.dtype(dtype)]
+
+
+@both_types
+def test_entries_far_out_next_to_zero(dtype, measured):
+    """Products near 2^30 that lie 2^-12 to 2^-40 beside a multiple of pi/2.
+
+    There the fast path loses the value's last bits and hands over to the slow one.
+    """
+    rng = np.random.default_rng(30)
+    worst = 0.0
+    with mpmath.workprec(200):
+        for _ in range(3000):
+            quarter = int(rng.integers(2**29, 2**30))
+            beside = mpmath.ldexp(1 + rng.random(), -int(rng.integers(12, 41)))
+            position = float(rng.uniform(2**10, 2**20))
+            inv_freq = float((quarter * mpmath.pi / 2 + beside) / position)
+            tables = rope_table([position], [inv_freq], dtype=dtype)
+            which = 1 - quarter % 2  # the sine vanishes at even quarters
+            true = reference.true_cos_sin(position, inv_freq)[which]
+            error = reference.ulp_error(tables[which][0, 0], true, dtype)
+            worst = max(worst, error)
+    measured(f"{np.dtype(dtype)!s:8} {worst:.4f} ulp  3000 entries far out, near zero")
     assert worst <= TABLE_ULP[np.dtype(dtype)]
 
 
