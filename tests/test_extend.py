@@ -175,6 +175,8 @@ def test_model_that_the_patch_does_not_know_goes_without_ntk(tmp_path, text):
     folder = save_tiny(tmp_path / "other", family="Gemma", head_dim=8)
     report = quiet(folder, text, lengths="32", n_window=1)
     assert report.methods == [m for m in _extend.METHODS if m != "ntk"]
+    assert "\nntk left out: patch: model must " in _extend_report.tables(report)
+    assert "(1 window; trained" in _extend_report.tables(report)
     with pytest.raises(_extend.ExtendError, match="methods must leave out ntk for"):
         quiet(folder, text, "none,ntk", "32", n_window=1)
 
@@ -196,12 +198,21 @@ def test_default_lengths_come_from_the_trained_length():
     assert _extend.parse_lengths("64, 32,64", 100) == [32, 64]
 
 
+def test_default_lengths_are_those_that_the_text_can_hold(tiny, text):
+    lengths = [100, 200, 400, 800]
+    for n_token, n_kept in [(800, 4), (799, 3), (399, 2), (150, 2)]:
+        assert _extend.lengths_that_fit(lengths, n_token) == lengths[:n_kept]
+    short = text.with_name("short.txt")
+    short.write_text("word " * 14)
+    assert quiet(tiny, short, "none").lengths == [16, 32, 64]
+
+
 # --- the closing sentence ------------------------------------------------------------
 
 
 def made_up(trained=4, length=8, n_window=6, **bits):
     """Report with a made-up mean per method; what is named ``*_noisy`` varies."""
-    noise = np.array([-1.0, 1.0] * (n_window // 2))[:, None]
+    noise = np.resize([-1.0, 1.0], n_window)[:, None]
     runs = []
     for name, value in bits.items():
         method = name.removesuffix("_noisy")
@@ -251,10 +262,20 @@ START = "Without fine-tuning, past position 4 of 8, "
             "yarn gave the lowest bits per byte (2.00), then ntk (3.00)",
         ),
         ({"none": 5}, "bits per byte of the unchanged model is 5.00"),
+        (
+            {"none": 8, "ntk": 7.999},
+            "nothing helped: bits per byte of the unchanged model is 8.00; ntk (8.00) "
+            "made no difference",
+        ),
     ],
 )
 def test_conclusion(bits, says):
     assert _extend_report.conclusion(made_up(**bits)) == f"{START}{says}."
+
+
+def test_conclusion_from_one_window_says_so():
+    says = _extend_report.conclusion(made_up(n_window=1, none=5, ntk=3))
+    assert says.endswith("(from one window, which gives no estimate of the noise).")
 
 
 def test_conclusion_when_nothing_was_extended():
@@ -327,7 +348,7 @@ def refused(capsys, *arguments):
     assert __main__.main(["extend", *map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    (line,) = err.splitlines()
+    (line,) = err.removeprefix("loading\u2026\n").splitlines()
     return line
 
 
@@ -338,7 +359,7 @@ MODEL_RULE = "extend: model must be a folder with a transformers checkpoint; got
     ("options", "says"),
     [
         (["nowhere"], MODEL_RULE + "'nowhere'"),
-        ([""], "extend: model must be a folder with a config.json; got '.'"),
+        ([""], MODEL_RULE + "''"),
         (
             ["--methods", "none,magic"],
             "extend: methods must be among none, window, linear, ntk, dynamic, yarn; "
@@ -381,7 +402,7 @@ MODEL_RULE = "extend: model must be a folder with a transformers checkpoint; got
         (
             ["--text", "short.txt"],
             "extend: text must hold at least as many tokens as the longest length, "
-            "2048; got 100 tokens",
+            "512 (give a longer --text or smaller --lengths); got 100 tokens",
         ),
     ],
 )
@@ -390,6 +411,39 @@ def test_refused(options, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("word " * 20)
     assert refused(capsys, *options) == says
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_refused_where_nothing_can_be_written(option, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "no" / "folder.png")
+    name = option.removeprefix("--")
+    assert refused(capsys, option, link) == (
+        f"extend: {name} must be a file that can be written; got {str(link)!r} "
+        "(No such file or directory)"
+    )
+
+
+def test_refused_files_are_left_as_they_were(tmp_path, capsys):
+    old, new, link = (tmp_path / name for name in ("old", "new", "link"))
+    old.write_text("kept")
+    link.symlink_to(tmp_path / "target")
+    for path in (old, new, link):
+        refused(capsys, "nowhere", "--json", path)
+    assert old.read_text() == "kept"
+    assert sorted(tmp_path.iterdir()) == [link, old]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", "{"), ("tokenizer_config.json", "")]
+)
+def test_refused_with_a_broken_tokenizer(name, content, tmp_path, capsys):
+    folder = save_tiny(tmp_path / "model")
+    (folder / name).write_text(content)
+    line = refused(capsys, folder)
+    rule = "extend: model must have a tokenizer that transformers can read; got "
+    assert line.startswith(f"{rule}{str(folder)!r} (")
 
 
 def test_refused_without_rope(tmp_path, capsys):

@@ -12,10 +12,10 @@ import test_errors
 
 import posenc
 
-CALLS = 200
-# Caches may grow by a little once; a leak grows with each call, and the smallest
-# thing a call can leak, an array's header, is larger than this per call.
-MOST_BYTES = CALLS * 16
+CALLS = 600
+# Caches may grow by a few thousand bytes once; a leak grows with each call. The
+# smallest object a call can leak, a float, is 24 bytes.
+MOST_BYTES = 4096 + CALLS * 16
 
 GOOD = (
     "rope(x, cos, sin)",

@@ -294,3 +294,22 @@ def test_the_main_interpreter_goes_on_after_a_refusal():
     lines = python(code).splitlines()
     assert lines[0].startswith("ImportError: ")
     assert lines[-1] == "[[0.0, 1.0]]"
+
+
+def test_threads_flush_subnormals_as_their_caller_does():
+    torch = pytest.importorskip("torch")
+    x = np.full((4096, 64), 1e-30, np.float32)
+    cos = np.full((4096, 32), 1e-9, np.float32)
+    results = []
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush subnormals")
+        for n_thread in (1, 2, 4):
+            posenc.set_num_threads(n_thread)
+            results.append(posenc.rope(x, cos, cos))
+    finally:
+        torch.set_flush_denormal(False)
+        posenc.set_num_threads(None)
+    assert not results[0].any()  # 1e-39 is subnormal
+    reference.same_bits(results[1], results[0])
+    reference.same_bits(results[2], results[0])
