@@ -8,7 +8,6 @@ configs.  torch is imported inside functions only.
 
 import functools
 import threading
-import weakref
 from collections import Counter
 
 from ._check import must
@@ -126,8 +125,6 @@ def make_rotation(layout):
 
     from . import rope_qk
 
-    halves_agree = _make_halves_check()
-
     def empty(x):
         # Downstream must see the strides of eager's result: the order of x's axes, but
         # C order where that is as good, as with one head or one token.
@@ -137,7 +134,7 @@ def make_rotation(layout):
 
     def rotate(q, k, cos, sin, unsqueeze_dim):
         cos_array, sin_array = cos.numpy(), sin.numpy()
-        if not halves_agree(cos, sin, cos_array, sin_array):
+        if not (_halves_agree(cos_array) and _halves_agree(sin_array)):
             return None
         n_pair = cos_array.shape[-1] // 2
         out = empty(q), empty(k)
@@ -155,37 +152,14 @@ def make_rotation(layout):
     return rotate
 
 
-def _make_halves_check():
-    """Make a check that both halves of cos and of sin hold the same bits.
+def _halves_agree(table):
+    """Say whether both halves hold the same bits.
 
-    All layers of a forward pass share one table, so the last table that passed is
-    remembered, weakly and with its version: a write to it is seen.
+    Asked in every call, though all layers share one table: a write through ``.data`` or
+    a NumPy view leaves no trace, and looking costs a microsecond for one token.
     """
-    last = (lambda: None, 0, lambda: None, 0)
-
-    def equal(table):
-        n_pair = table.shape[-1] // 2
-        return table[..., :n_pair].tobytes() == table[..., n_pair:].tobytes()
-
-    def check(cos, sin, cos_array, sin_array):
-        nonlocal last
-        if cos.is_inference() or sin.is_inference():  # these have no version
-            return equal(cos_array) and equal(sin_array)
-        known_cos, cos_version, known_sin, sin_version = last
-        if (
-            known_cos() is cos
-            and known_sin() is sin
-            and cos._version == cos_version
-            and sin._version == sin_version
-        ):
-            return True
-        seen = weakref.ref(cos), cos._version, weakref.ref(sin), sin._version
-        if not (equal(cos_array) and equal(sin_array)):
-            return False
-        last = seen
-        return True
-
-    return check
+    n_pair = table.shape[-1] // 2
+    return table[..., :n_pair].tobytes() == table[..., n_pair:].tobytes()
 
 
 def _make_obstacle():

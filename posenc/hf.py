@@ -62,10 +62,11 @@ def patch(
     """Speed up a transformers model bit for bit, or extend its context, until undone.
 
     Without `scaling`, `max_position_embeddings` and `exact` no bit of any output
-    changes.  The rotation of q and k is then done by posenc for every model of the same
-    family in this process, because transformers keeps that function in a module; what
-    posenc cannot do (gradients, 16-bit types, other devices, torch.compile) the
-    original does, and `Handle.report` counts it.
+    changes, except that a NaN is always the same one.  The rotation of q and k is then
+    done by posenc for every model of the same family in this process, because
+    transformers keeps that function in a module; what posenc cannot do (gradients,
+    16-bit types, other devices, torch.compile) the original does, and `Handle.report`
+    counts it.
 
     Parameters
     ----------
@@ -83,8 +84,10 @@ def patch(
     max_position_embeddings : int, optional
         The length for the model's config.
     exact : bool, default False
-        Compute frequencies in float64 from the config and tables without error at any
-        position, rounded once.  For the types default, linear and ntk.
+        Compute frequencies in float64 from the config, and tables that are exact for
+        them at any position but for the rounding to float32, or to float64 in a float64
+        model; those of a 16-bit model are rounded from float32.  For the types default,
+        linear and ntk.
     inplace : bool, default False
         Not available yet.
 
@@ -120,9 +123,14 @@ def patch(
     Until the undo, the model's config holds the equal setting that transformers
     itself understands (ntk is ``default`` with a larger ``rope_theta``), so
     ``save_pretrained`` gives a model that loads anywhere. A config that several models
-    share changes for all of them, frequencies only for the patched one. The undo gives
-    everything back, also to models that were built under the patch. A model that was
-    saved under a scaling and is loaded under the same one is scaled twice.
+    share changes for all of them; of their frequencies, those of the patched one, and
+    what transformers computes anew meanwhile (a dynamic type that grows). The undo
+    gives everything back, also to models that were built under the patch. A model that
+    was saved under a scaling and is loaded under the same one is scaled twice.
+
+    A deep copy of a patched model keeps the scaling and the length as its own, which
+    undoing a patch of the copy gives back; a new scaling still starts from the settings
+    before the first. Copies and pickles do not keep exact tables: patch them too.
 
     References
     ----------
@@ -190,12 +198,22 @@ class Report:
         lines += [f"  left alone: {line}" for line in self.left_alone]
         lines += _count_lines("rotations of q and k", self.rotations)
         lines += _count_lines("exact tables", self.tables) if self.tables else []
-        if n_call := self.rotations.get(_hf_rotation.GRADIENTS):
-            lines.append(f"  WARNING: NOTHING WAS FASTER in {n_call} calls:")
-            lines[-1] += f" {_hf_rotation.GRADIENTS}"
+        lines += _warning(Counter(self.rotations))
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _warning(counts):
+    """Say loudly what the user hardly meant: nothing served, or gradients on."""
+    total, ours = counts.total(), counts.pop("posenc", 0)
+    if total and not ours:
+        [(reason, _)] = counts.most_common(1)
+        return [f"  WARNING: NOTHING WAS FASTER in {total} calls: {reason}"]
+    if n_call := counts[_hf_rotation.GRADIENTS]:
+        text = f"{n_call} of {total} calls were not faster: {_hf_rotation.GRADIENTS}"
+        return [f"  WARNING: {text}"]
+    return []
 
 
 def _count_lines(title, counts):

@@ -14,6 +14,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 import weakref
 from types import SimpleNamespace
 
@@ -315,6 +316,16 @@ def test_special_values_keep_their_bits(model):
         assert torch.equal(a[number].view(torch.int32), b[number].view(torch.int32))
 
 
+@pytest.mark.parametrize("bits", [0x7FC01234, 0x7FA00001, -0x00400000])
+def test_nan_is_always_the_same_one(model, bits):
+    q, k, *tables = case()
+    q.view(torch.int32)[...] = bits
+    with posenc.hf.patch(model):
+        ours = call(q, k, *tables)[0]
+    assert (ours.view(torch.int32) == 0x7FC00000).all()
+    assert ORIGINAL(q, k, *tables)[0].isnan().all()
+
+
 # Where the original runs
 
 
@@ -433,6 +444,17 @@ def test_halves_are_looked_at_again_after_a_write(model):
     assert patched.report().rotations == {"posenc": 2, HALVES: 1}
 
 
+@pytest.mark.parametrize("view", [lambda x: x.data, lambda x: x.numpy()])
+@pytest.mark.parametrize("table", [2, 3])
+def test_halves_are_looked_at_again_after_a_write_without_a_trace(model, view, table):
+    args = case()
+    with posenc.hf.patch(model) as patched:
+        call(*args)
+        view(args[table])[0, 0, 0] += 1
+        assert_same(call(*args), ORIGINAL(*args))
+    assert patched.report().rotations == {"posenc": 1, HALVES: 1}
+
+
 def test_tables_are_not_kept_alive(model):
     q, k, cos, sin = case()
     seen = weakref.ref(cos)
@@ -495,6 +517,23 @@ def test_training_keeps_its_gradients_and_the_report_is_loud(model):
         assert all(map(torch.equal, gradients(), before))
     assert patched.report().rotations == {GRADIENTS: 2}
     loud = f"  WARNING: NOTHING WAS FASTER in 2 calls: {GRADIENTS}"
+    assert str(patched.report()).splitlines()[-1] == loud
+
+
+def test_report_is_loud_where_nothing_was_faster(model):
+    model.bfloat16()
+    with posenc.hf.patch(model) as patched:
+        logits(model)
+    reason = "torch.bfloat16: only float32 and float64 are served"
+    loud = f"  WARNING: NOTHING WAS FASTER in 2 calls: {reason}"
+    assert str(patched.report()).splitlines()[-1] == loud
+
+
+def test_report_counts_what_gradients_kept_from_us(model):
+    with posenc.hf.patch(model) as patched:
+        logits(model)
+        model(**batch())
+    loud = f"  WARNING: 2 of 4 calls were not faster: {GRADIENTS}"
     assert str(patched.report()).splitlines()[-1] == loud
 
 
@@ -848,10 +887,78 @@ def test_copies_of_a_patched_model_are_not_scaled_twice(model):
     assert torch.equal(logits(twin), expected)
     assert torch.equal(logits(loaded), expected)
     assert type(loaded.config.rope_parameters) is dict
+    assert torch.equal(logits(model), plain)
     with posenc.hf.patch(twin, scaling=NTK):
         assert torch.equal(logits(twin), expected)
-    assert torch.equal(logits(twin), plain)
-    assert twin.config.max_position_embeddings == 32
+    assert torch.equal(logits(twin), expected)
+
+
+@pytest.mark.parametrize("own", [{}, YARN, DYNAMIC], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_position_embeddings": 128},
+        {"exact": True},
+        {"max_position_embeddings": 16, "exact": True},
+        {"scaling": LINEAR},
+        {"scaling": {"rope_type": "default"}, "max_position_embeddings": 16},
+    ],
+    ids=str,
+)
+def test_patch_of_a_copy_of_a_scaled_model_comes_back(own, setting):
+    model = tiny(rope_parameters=own)
+    with posenc.hf.patch(model, scaling=NTK, max_position_embeddings=64):
+        twin = copy.deepcopy(model)
+    before, scaled = state(twin), logits(twin)
+    length = setting.get("max_position_embeddings", 64)
+    parameters = {**before.parameters[1], **setting.get("scaling", {})}
+    if "scaling" in setting:  # from the model's own theta, never scaled twice
+        parameters["rope_theta"] = 10000.0
+    expected = tiny(rope_parameters=parameters, max_position_embeddings=length)
+    with posenc.hf.patch(twin, **setting):
+        assert twin.config.rope_parameters == expected.config.rope_parameters
+        assert twin.config.max_position_embeddings == length
+        assert torch.equal(rotary(twin).inv_freq, rotary(expected).inv_freq)
+        if "exact" not in setting:
+            assert torch.equal(logits(twin), logits(expected))
+    assert state(twin) == before
+    assert torch.equal(logits(twin), scaled)
+
+
+def test_model_from_the_config_of_a_scaled_model_comes_back(model):
+    with posenc.hf.patch(model, scaling=NTK):
+        configs = copy.deepcopy(model.config), LlamaConfig(**model.config.to_dict())
+    for config in configs:
+        built = LlamaForCausalLM(config)
+        before = state(built)
+        with posenc.hf.patch(built, scaling=LINEAR):
+            assert built.config.rope_parameters["rope_theta"] == 10000
+        assert state(built) == before
+        assert before.parameters[1]["rope_theta"] == NTK_THETA
+
+
+def test_length_of_a_copy_may_not_rise_under_dynamic():
+    model = tiny(rope_parameters=DYNAMIC)
+    with posenc.hf.patch(model, max_position_embeddings=16):
+        twin = copy.deepcopy(model)
+    before = state(twin)
+    with pytest.raises(ValueError, match="must be at most 32 under 'dynamic'"):
+        posenc.hf.patch(twin, max_position_embeddings=64)
+    with posenc.hf.patch(twin, max_position_embeddings=24):
+        assert twin.config.max_position_embeddings == 24
+    assert state(twin) == before
+
+
+def test_copies_under_a_class_patch_go_their_own_way():
+    with posenc.hf.patch(scaling=NTK):
+        model = tiny()
+        twin = copy.deepcopy(model)
+        before = state(twin)
+        with posenc.hf.patch(twin, scaling=LINEAR):
+            assert rotary(twin).rope_type == "linear"
+        assert state(twin) == before
+    assert model.config.rope_parameters["rope_theta"] == 10000
+    assert state(twin) == before
 
 
 def test_model_that_is_gone_is_no_trouble():
@@ -1037,14 +1144,84 @@ def test_exact_over_and_under_somebody_elses_forward(model):
     del module.forward
 
 
-def test_exact_copy_has_its_own_forward(model):
+def test_copy_of_an_exact_model_does_what_its_class_does(model):
+    plain = logits(model)
+    handle = posenc.hf.patch(model, exact=True)
+    exact, twin = logits(model), copy.deepcopy(model)
+    assert not torch.equal(exact, plain)
+    before = handle.report().tables
+    assert rotary(twin).forward.__self__ is rotary(twin)
+    assert torch.equal(logits(twin), plain)
+    with posenc.hf.patch(model, scaling=NTK):
+        assert torch.equal(logits(twin), plain)
+    assert handle.report().tables == before
+    with posenc.hf.patch(twin, scaling=LINEAR):
+        assert torch.equal(logits(twin), logits(tiny(rope_parameters=LINEAR)))
+        assert torch.equal(logits(model), exact)
+    assert torch.equal(logits(twin), plain)
+    handle.undo()
+    assert torch.equal(logits(twin), plain)
+
+
+@pytest.mark.parametrize("undo_first", [False, True])
+def test_copy_of_an_exact_model_can_be_exact_too(model, undo_first):
+    with posenc.hf.patch(model, scaling=LINEAR, exact=True):
+        scaled = logits(model)
+    handle = posenc.hf.patch(model, exact=True)
+    exact, twin = logits(model), copy.deepcopy(model)
+    if undo_first:
+        handle.undo()
+    outer = posenc.hf.patch(twin, exact=True)
+    inner = posenc.hf.patch(twin, scaling=LINEAR)
+    assert torch.equal(logits(twin), scaled)
+    third = copy.deepcopy(twin)
+    handle.undo()
+    outer.undo()
+    assert torch.equal(logits(twin), logits(tiny(rope_parameters=LINEAR)))
+    inner.undo()
+    assert "forward" not in vars(rotary(twin))
+    assert torch.equal(logits(third), logits(tiny(rope_parameters=LINEAR)))
+    with posenc.hf.patch(third, scaling={"rope_type": "default"}, exact=True):
+        assert torch.equal(logits(third), exact)
+
+
+def test_copy_of_an_exact_model_leaves_somebody_elses_forward_alone(model):
+    module, calls = rotary(model), []
+
+    def theirs(self, x, position_ids):
+        calls.append(self)
+        return Rotary.forward(self, x, position_ids)
+
+    plain = logits(model)
+    module.forward = types.MethodType(theirs, module)
     with posenc.hf.patch(model, exact=True):
         twin = copy.deepcopy(model)
-        assert rotary(twin).forward.__self__ is rotary(twin)
-    with posenc.hf.patch(model, exact=True) as patched:
-        logits(model)
+    assert torch.equal(logits(twin), plain)
+    with posenc.hf.patch(twin, exact=True) as patched:
+        logits(twin)
     assert patched.report().tables == {"posenc": 1}
-    assert torch.equal(logits(twin), logits(model))
+    assert not calls
+    assert torch.equal(logits(model), plain)
+    assert calls == [module]
+
+
+def test_copy_of_an_exact_model_compiles(model):
+    before = logits(model)
+    with posenc.hf.patch(model, exact=True):
+        twin = copy.deepcopy(model)
+        compiled = torch.compile(twin, backend="eager", fullgraph=True)
+        assert torch.equal(logits(compiled), before)
+
+
+def test_copy_of_an_exact_model_keeps_nothing_of_it_alive():
+    model = tiny()
+    seen = weakref.ref(rotary(model))
+    with posenc.hf.patch(model, exact=True):
+        twin = copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert seen() is None
+    assert "forward" in vars(rotary(twin))
 
 
 def test_exact_comes_again_while_a_copy_holds_the_old_forward(model):
