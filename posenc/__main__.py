@@ -3,7 +3,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import argparse
+import contextlib
 import sys
+import textwrap
 from pathlib import Path
 
 from . import _extend, _extend_report
@@ -18,9 +20,16 @@ the loss is averaged by position. T is the model's trained length
 
 alpha, unless given, is (L/T)**{exponent}: it must exceed L/T, and this rule fits the
 best values of the shipped model on the text it was trained on.
+linear, ntk, dynamic and yarn take the place of a scaling that the model has of its
+own (such as llama3), at every length past T; none and window keep it.
 Byte-level models are measured in bits per byte, models with a tokenizer in
 perplexity. Nothing is trained and no file of the model is changed.
 """
+WIDTH = 80
+LENGTHS = (
+    "comma-separated (default: T,2T,4T,8T without those of 4T and 8T that the text "
+    "is too short for)"
+)
 
 
 def parser():
@@ -30,7 +39,10 @@ def parser():
         description="Positional encodings for transformers on the CPU.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    methods = "\n".join(f"  {k:8} {v}" for k, v in _extend.METHODS.items())
+    methods = "\n".join(
+        textwrap.fill(f"  {k:8} {v}", WIDTH, subsequent_indent=" " * 11)
+        for k, v in _extend.METHODS.items()
+    )
     extend = commands.add_parser(
         "extend",
         help="compare ways to extend the context of a model, on real text",
@@ -55,7 +67,7 @@ def parser():
         metavar="NAMES",
         help="comma-separated (default: all that fit the model)",
     )
-    add("--lengths", metavar="L,L,...", help="comma-separated (default: T,2T,4T,8T)")
+    add("--lengths", metavar="L,L,...", help=LENGTHS)
     add("--alpha", type=float, metavar="A", help="NTK alpha for every length past T")
     add(
         "--windows",
@@ -77,6 +89,7 @@ def parser():
 def extend(args):
     """Measure, print the tables and the sentence, write the files asked for."""
     check_outputs(args)
+    print("loading\u2026", file=sys.stderr, flush=True)
     set_threads(args.threads)
     report = _extend.extend(
         args.model,
@@ -90,25 +103,48 @@ def extend(args):
     print()
     print(_extend_report.conclusion(report))
     if args.json:
-        Path(args.json).write_text(_extend_report.to_json(report), encoding="utf-8")
+        with writing("json", args.json):
+            Path(args.json).write_text(_extend_report.to_json(report), encoding="utf-8")
     if args.plot:
         from .plot import plot_extension
 
-        plot_extension(report, args.plot)
+        with writing("plot", args.plot):
+            plot_extension(report, args.plot)
+
+
+@contextlib.contextmanager
+def writing(name, path):
+    """Turn the error of a file that cannot be written into one line."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        _extend.refuse(name, "be a file that can be written", f"{path!r} ({why})")
 
 
 def check_outputs(args):
     """Refuse a file that cannot be written before the measuring starts."""
+    if args.plot is not None:
+        _extend.require("matplotlib", "plot")
+        if Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
+            _extend.refuse("plot", "end in .png, .svg or .pdf", repr(args.plot))
     for name in ("plot", "json"):
         path = getattr(args, name)
         if path is None:
             continue
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             _extend.refuse(name, "be a file in an existing folder", repr(path))
-    if args.plot is not None:
-        _extend.require("matplotlib", "plot")
-        if Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
-            _extend.refuse("plot", "end in .png, .svg or .pdf", repr(args.plot))
+        with writing(name, path):
+            try_to_write(Path(path))
+
+
+def try_to_write(path):
+    """Open a file for writing and leave it, or its absence, as it was."""
+    is_new = not path.exists()
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.resolve().unlink()
 
 
 def set_threads(n_thread):

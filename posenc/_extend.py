@@ -78,7 +78,7 @@ def parse_methods(text):
 
 
 def parse_lengths(text, trained):
-    """Return the sorted lengths in a comma-separated list; 1x to 8x by default."""
+    """Return the sorted lengths in a comma-separated list; None: 1x to 8x trained."""
     if text is None:
         return [trained * k for k in (1, 2, 4, 8)]
     lengths = set()
@@ -91,6 +91,15 @@ def parse_lengths(text, trained):
             refuse("lengths", "be whole numbers of at least 2", repr(part.strip()))
         lengths.add(length)
     return sorted(lengths)
+
+
+def lengths_that_fit(lengths, n_token):
+    """Leave out lengths that the text cannot hold, but keep the shortest two.
+
+    The second of the default lengths is past the trained length: without it there is
+    nothing to measure, and `cut_windows` says what to do.
+    """
+    return lengths[:2] + [n for n in lengths[2:] if n <= n_token]
 
 
 def buckets(trained, length):
@@ -192,15 +201,19 @@ def read_tokens(folder, config, path):
 
 def _tokenize(folder, path, raw):
     transformers = require("transformers", "hf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, local_files_only=True
-    )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         refuse("text", "be UTF-8", f"{str(path)!r} ({error.reason})")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    puts_first = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        )
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        puts_first = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    except Exception as error:  # whatever transformers and its readers raise
+        rule = "have a tokenizer that transformers can read"
+        refuse("model", rule, f"{str(folder)!r} ({_first_line(error)})")
     return np.array(ids, np.int64), tokenizer.bos_token_id if puts_first else None
 
 
@@ -226,7 +239,10 @@ def cut_windows(tokens, length, n_window, first=None):
     n_text = length if first is None else length - 1
     n_window = min(n_window, len(tokens) // n_text)
     if n_window == 0:
-        rule = f"hold at least as many tokens as the longest length, {length}"
+        rule = (
+            f"hold at least as many tokens as the longest length, {length} "
+            "(give a longer --text or smaller --lengths)"
+        )
         refuse("text", rule, f"{len(tokens)} tokens")
     starts = np.linspace(0, len(tokens) - n_text, n_window).astype(int)
     windows = np.stack([tokens[s : s + n_text] for s in starts])
@@ -264,6 +280,7 @@ class Report:
     methods: list
     lengths: list
     runs: list
+    left_out: dict = dataclasses.field(default_factory=dict)  # method: reason
 
     def run(self, method, length):
         """Return the run of a method at a length."""
@@ -371,24 +388,29 @@ def extend(
     """
     for module in ("torch", "transformers", "tqdm"):
         require(module, "hf")
+    if folder == "":
+        refuse("model", "be a folder with a transformers checkpoint", repr(folder))
     folder = Path(MODEL if folder is None else folder)
     text = Path(TEXT if text is None else text)
     names = parse_methods(",".join(METHODS) if methods is None else methods)
     config = load_config(folder)
     trained = config.max_position_embeddings
-    lengths = parse_lengths(lengths, trained)
+    wanted = parse_lengths(lengths, trained)
     if n_window < 1:
         refuse("windows", "be at least 1", repr(n_window))
     if alpha is not None and not 1 <= alpha < math.inf:
         refuse("alpha", "be at least 1", repr(alpha))
     tokens, first, unit = read_tokens(folder, config, text)
+    if lengths is None:
+        wanted = lengths_that_fit(wanted, len(tokens) + (first is not None))
+    lengths = wanted
     windows = cut_windows(tokens, lengths[-1], n_window, first)
     model = load_model(folder, config)
-    if "ntk" in names and not _can_patch(model, required=methods is not None):
-        names.remove("ntk")
     report = Report(
         str(folder), str(text), unit, trained, len(windows), names, lengths, []
     )
+    if "ntk" in names:
+        _leave_out_ntk(report, model, required=methods is not None)
     with _progress(report, progress) as bar:
         for method in names:
             bar.set_description(method)
@@ -398,8 +420,8 @@ def extend(
     return report
 
 
-def _can_patch(model, required):
-    """Say whether posenc.hf knows the model; refuse if it is required and does not."""
+def _leave_out_ntk(report, model, required):
+    """Take ntk out if posenc.hf does not know the model; refuse if it is required."""
     from . import hf
 
     try:
@@ -407,8 +429,8 @@ def _can_patch(model, required):
     except ValueError as error:
         if required:
             refuse("methods", "leave out ntk for this model", f"'ntk' ({error})")
-        return False
-    return True
+        report.methods.remove("ntk")
+        report.left_out["ntk"] = str(error)
 
 
 def _progress(report, shown):

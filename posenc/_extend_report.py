@@ -10,20 +10,31 @@ from ._extend import buckets
 # A difference between two methods counts when it exceeds this many standard errors
 # of its mean over the windows: what chance gives in fewer than one case in twenty.
 N_STANDARD_ERROR = 2
+# ... and when it is at least one step of the last digit of `number`, in the unit
+# printed: a reader must see it.
+VISIBLE = 0.01
 
 
 def tables(report):
     """Return the tables a reader wants first, as one string."""
     longest = report.lengths[-1]
+    windows = "1 window" if report.n_window == 1 else f"{report.n_window} windows"
     lines = [
         f"{report.unit} by position, read at length {longest} "
-        f"({report.n_window} windows; trained length {report.trained}; "
+        f"({windows}; trained length {report.trained}; "
         "lower is better)"
     ]
     lines += _columns(_rows_by_position(report, longest), n_left=2)
     if len(report.lengths) > 1:
-        lines += ["", f"{report.unit} of the second half, by length read"]
+        lines += [
+            "",
+            f"{report.unit} by length read, L: mean over the second half of every "
+            "window (positions L/2 to L)",
+        ]
         lines += _columns(_rows_by_length(report), n_left=1)
+    if report.left_out:
+        lines.append("")
+        lines += [f"{m} left out: {why}" for m, why in report.left_out.items()]
     return "\n".join(lines)
 
 
@@ -94,6 +105,7 @@ def to_json(report):
         "unit": report.unit,
         "trained_length": report.trained,
         "n_window": report.n_window,
+        "left_out": report.left_out,
         "runs": runs,
         "conclusion": conclusion(report),
     }
@@ -107,7 +119,7 @@ def conclusion(report):
     """Return one sentence that says what helped past the trained length.
 
     It compares the losses past the trained length at the longest length, window by
-    window; a difference within noise is called none.
+    window; a difference within noise, or too small to see, is called none.
     """
     length, trained = report.lengths[-1], report.trained
     if length <= trained:
@@ -129,6 +141,8 @@ def conclusion(report):
         clause = _against_unchanged(report, unchanged, scaled or [window])
     if window is not None and scaled:
         clause += _against_window(report, window, scaled[0])
+    if report.n_window == 1 and len(runs) > 1:
+        clause += " (from one window, which gives no estimate of the noise)"
     return f"{where} {clause}."
 
 
@@ -184,10 +198,16 @@ def _against_window(report, window, best):
 
 
 def _difference(report, base, run):
-    """Return 1 if ``run`` is better than ``base``, -1 if worse, 0 within noise."""
+    """Return 1 if ``run`` is better than ``base``, -1 if worse, else 0.
+
+    0 is for a difference that is within noise or that cannot be seen when printed.
+    """
+    values = [report.in_unit(r.mean(report.trained, r.length)) for r in (base, run)]
+    if abs(values[0] - values[1]) < VISIBLE or len(set(map(number, values))) == 1:
+        return 0
     past = slice(report.trained - 1, None)
     gain = (base.loss[:, past] - run.loss[:, past]).mean(axis=1, dtype=float)
     if len(gain) < 2:
-        return (gain[0] > 0) - (gain[0] < 0)
+        return 1 if gain[0] > 0 else -1
     noise = N_STANDARD_ERROR * gain.std(ddof=1) / math.sqrt(len(gain))
     return int(gain.mean() > noise) - int(gain.mean() < -noise)

@@ -176,6 +176,7 @@ def test_model_that_the_patch_does_not_know_goes_without_ntk(tmp_path, text):
     report = quiet(folder, text, lengths="32", n_window=1)
     assert report.methods == [m for m in _extend.METHODS if m != "ntk"]
     assert "\nntk left out: patch: model must " in _extend_report.tables(report)
+    assert "one window" in _extend_report.conclusion(report)
     assert "(1 window; trained" in _extend_report.tables(report)
     with pytest.raises(_extend.ExtendError, match="methods must leave out ntk for"):
         quiet(folder, text, "none,ntk", "32", n_window=1)
@@ -332,12 +333,14 @@ def test_plot_keeps_its_labels_apart():
     assert sum(places[:3]) == pytest.approx(0.31)
 
 
-def test_help_names_every_method_and_option():
+def test_help_names_every_method_and_option(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     command = [sys.executable, "-m", "posenc", "extend", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     for word in [*_extend.METHODS, "--plot", "--json", "alpha", "perplexity"]:
         assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 88
 
 
 # --- what is refused -----------------------------------------------------------------
