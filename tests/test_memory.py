@@ -12,10 +12,10 @@ import test_errors
 
 import posenc
 
-CALLS = 600
-# Caches may grow by a few thousand bytes once; a leak grows with each call. The
-# smallest object a call can leak, a float, is 24 bytes.
-MOST_BYTES = 4096 + CALLS * 16
+CALLS = 2000
+# Caches may grow by a few thousand bytes once; a leak grows with each call, and the
+# smallest object a call can leak, a float, is three times this.
+MOST_BYTES = CALLS * 8
 
 GOOD = (
     "rope(x, cos, sin)",
