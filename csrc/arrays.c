@@ -7,152 +7,19 @@
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
-#include "numpy_api.h"
+#include "view.h"
 
-#include <stdbool.h>
 #include <string.h>
 
 #include "dispatch.h"
 #include "tasks.h"
 
-/* Elements above which another Python thread may run meanwhile. */
-#define MIN_SIZE_WITHOUT_GIL 4096
+/* Elements above which another Python thread may run meanwhile: some 5 us of work, for
+ * which giving up the lock and taking it back is a small price. */
+#define MIN_SIZE_WITHOUT_GIL 65536
 
 /* The sequence axis unless said otherwise; a lone row has none to name. */
 #define DEFAULT_AXIS (-2)
-
-/* An array as the doors see it: where the elements are, not who owns them. */
-typedef struct {
-    char *data;
-    int n_axis;
-    const npy_intp *shape, *step; /* bytes */
-    int type;                     /* NPY_FLOAT, ... */
-    bool is_writeable;
-} view;
-
-/* Describe an aligned ndarray in native byte order.  Other kinds of arrays that
- * lie in this process's memory (torch CPU tensors) would be described here too. */
-static bool
-view_of(PyObject *object, view *seen)
-{
-    if (!PyArray_CheckExact(object)) {
-        return false;
-    }
-    PyArrayObject *array = (PyArrayObject *)object;
-    if (!PyArray_ISALIGNED(array) || !PyArray_ISNOTSWAPPED(array)) {
-        return false;
-    }
-    *seen = (view){
-        .data = PyArray_BYTES(array),
-        .n_axis = PyArray_NDIM(array),
-        .shape = PyArray_DIMS(array),
-        .step = PyArray_STRIDES(array),
-        .type = PyArray_TYPE(array),
-        .is_writeable = PyArray_ISWRITEABLE(array),
-    };
-    return true;
-}
-
-static npy_intp
-last_of(const view *v, const npy_intp *per_axis)
-{
-    return per_axis[v->n_axis - 1];
-}
-
-static npy_intp
-size_of(const view *v)
-{
-    return PyArray_MultiplyList(v->shape, v->n_axis);
-}
-
-/* True if the first n axes of both have the same sizes; there may be none. */
-static bool
-agree_in_shape(const view *a, const view *b, int n)
-{
-    return PyArray_CompareLists(a->shape, b->shape, n);
-}
-
-static bool
-have_same_shape(const view *a, const view *b)
-{
-    return a->n_axis == b->n_axis && agree_in_shape(a, b, a->n_axis);
-}
-
-/* The bytes from the first to past the last that a view touches. */
-static void
-extent_of(const view *v, npy_intp item_size, char **begin, char **end)
-{
-    *begin = v->data;
-    *end = v->data + item_size;
-    for (int i = 0; i < v->n_axis; i++) {
-        npy_intp span = (v->shape[i] - 1) * v->step[i];
-        *(span < 0 ? begin : end) += span;
-    }
-}
-
-/* False only if no byte is in both; an empty view overlaps nothing. */
-static bool
-may_overlap(const view *a, npy_intp a_item, const view *b, npy_intp b_item)
-{
-    if (size_of(a) == 0 || size_of(b) == 0) {
-        return false;
-    }
-    char *a_begin, *a_end, *b_begin, *b_end;
-    extent_of(a, a_item, &a_begin, &a_end);
-    extent_of(b, b_item, &b_begin, &b_end);
-    return a_begin < b_end && b_begin < a_end;
-}
-
-/* The same elements at the same places; the shapes are known to be equal. */
-static bool
-are_identical(const view *a, const view *b)
-{
-    if (a->data != b->data) {
-        return false;
-    }
-    for (int i = 0; i < a->n_axis; i++) {
-        if (a->shape[i] > 1 && a->step[i] != b->step[i]) {
-            return false;
-        }
-    }
-    return true;
-}
-
-/* The axis with the least step of those longer than 1 and not yet done, or -1. */
-static int
-least_axis(const view *v, unsigned long long done, size_t *step)
-{
-    int least = -1;
-    for (int i = 0; i < v->n_axis; i++) {
-        if (v->shape[i] > 1 && !(done >> i & 1)) {
-            size_t size = v->step[i] < 0 ? 0 - (size_t)v->step[i] : (size_t)v->step[i];
-            if (least < 0 || size < *step) {
-                least = i;
-                *step = size;
-            }
-        }
-    }
-    return least;
-}
-
-/* False if two indices may lead to one element: each step must reach past all
- * that the smaller steps cover. */
-static bool
-has_distinct_elements(const view *v, npy_intp item_size)
-{
-    size_t covered = (size_t)item_size, step = 0;
-    unsigned long long done = 0;
-    if (size_of(v) == 0) {
-        return true;
-    }
-    for (int i; (i = least_axis(v, done, &step)) >= 0; done |= 1ull << i) {
-        if (step < covered) {
-            return false;
-        }
-        covered += (size_t)(v->shape[i] - 1) * step;
-    }
-    return true;
-}
 
 /* The table of a rotation: planar or complex, gathered by positions or not. */
 typedef struct {
@@ -161,6 +28,7 @@ typedef struct {
     npy_intp n_pair;
     PyArrayObject *positions; /* owned int64 copy, C order, or NULL         */
     view rows;                /* the axes of its rows: of cos, or positions */
+    npy_intp offset;          /* the row of the first token, or -1: see rows */
 } table;
 
 /* Copy the positions, so that what was checked is what is used.  Returns 1, or 0
@@ -168,15 +36,23 @@ typedef struct {
 static int
 take_positions(PyObject *object, table *t)
 {
-    if (t->cos.n_axis != 2 || !PyArray_CheckExact(object)) {
+    view seen;
+    PyObject *array = object;
+    if (t->cos.n_axis != 2) {
         return 0;
     }
-    int type = PyArray_TYPE((PyArrayObject *)object);
-    if (!PyTypeNum_ISSIGNED(type)) {
-        return 0;
+    if (!PyArray_CheckExact(object)) {
+        array = view_of(object, &seen) ? ndarray_of(&seen) : NULL;
+    } else {
+        Py_INCREF(array);
+    }
+    if (array == NULL || !PyTypeNum_ISSIGNED(PyArray_TYPE((PyArrayObject *)array))) {
+        Py_XDECREF(array);
+        return PyErr_Occurred() ? -1 : 0;
     }
     t->positions = (PyArrayObject *)PyArray_FROMANY(
-        object, NPY_INT64, 0, 0, NPY_ARRAY_CARRAY | NPY_ARRAY_ENSURECOPY);
+        array, NPY_INT64, 0, 0, NPY_ARRAY_CARRAY | NPY_ARRAY_ENSURECOPY);
+    Py_DECREF(array);
     if (t->positions == NULL) {
         return -1;
     }
@@ -192,20 +68,39 @@ take_positions(PyObject *object, table *t)
     return 1;
 }
 
+/* The axes of the table's rows, or of the positions that choose them.  An int is the
+ * position of the first token. */
+static int
+take_rows(PyObject *positions, table *t)
+{
+    t->offset = -1;
+    if (PyLong_CheckExact(positions)) {
+        t->offset = PyLong_AsSsize_t(positions);
+        PyErr_Clear();
+        if (t->offset < 0 || t->cos.n_axis != 2) {
+            return 0;
+        }
+    } else if (positions != Py_None) {
+        return take_positions(positions, t);
+    }
+    t->rows = t->cos;
+    t->rows.n_axis--;
+    return 1;
+}
+
 /* Take the table of cosines and sines; returns as take_positions does. */
 static int
 take_planar_table(PyObject *cos, PyObject *sin, PyObject *positions, table *t)
 {
     if (!view_of(cos, &t->cos) || !view_of(sin, &t->sin) || t->cos.n_axis == 0 ||
-        t->cos.type != t->sin.type || !have_same_shape(&t->cos, &t->sin)) {
+        t->cos.type != t->sin.type || t->cos.type >= N_REAL ||
+        !have_same_shape(&t->cos, &t->sin)) {
         return 0;
     }
     t->n_pair = last_of(&t->cos, t->cos.shape);
     t->cos_pair = last_of(&t->cos, t->cos.step);
     t->sin_pair = last_of(&t->sin, t->sin.step);
-    t->rows = t->cos;
-    t->rows.n_axis--;
-    return positions == Py_None ? 1 : take_positions(positions, t);
+    return take_rows(positions, t);
 }
 
 /* Take a complex table as its real and imaginary parts. */
@@ -213,18 +108,15 @@ static int
 take_complex_table(PyObject *cis, PyObject *positions, table *t)
 {
     if (!view_of(cis, &t->cos) || t->cos.n_axis == 0 ||
-        (t->cos.type != NPY_CFLOAT && t->cos.type != NPY_CDOUBLE)) {
+        (t->cos.type != COMPLEX_F32 && t->cos.type != COMPLEX_F64)) {
         return 0;
     }
-    bool is_single = t->cos.type == NPY_CFLOAT;
-    t->cos.type = is_single ? NPY_FLOAT : NPY_DOUBLE;
+    t->cos.type = t->cos.type == COMPLEX_F32 ? REAL_F32 : REAL_F64;
     t->sin = t->cos;
-    t->sin.data += is_single ? sizeof(float) : sizeof(double);
+    t->sin.data += item_size(t->cos.type);
     t->n_pair = last_of(&t->cos, t->cos.shape);
     t->cos_pair = t->sin_pair = last_of(&t->cos, t->cos.step);
-    t->rows = t->cos;
-    t->rows.n_axis--;
-    return positions == Py_None ? 1 : take_positions(positions, t);
+    return take_rows(positions, t);
 }
 
 /* Which axis of the table's rows goes with each axis of x's rows, or -1.
@@ -263,10 +155,18 @@ match_axes(const view *x, const view *rows, int axis, int row_axis[NPY_MAXDIMS])
     return true;
 }
 
+/* The options that all rotations share. */
+typedef struct {
+    int layout, axis, rounding;
+    npy_intp start;
+    bool adjoint;
+} rope_options;
+
 /* One rotation: its operands, and the result it will give. */
 typedef struct {
     view x, out;
     PyObject *result; /* owned */
+    npy_intp start;
     rope_task task;
     nest loops[2]; /* the second: what the tiles of the first leave */
     int n_nest;
@@ -274,21 +174,36 @@ typedef struct {
 
 /* Describe the rotation of x into out. */
 static bool
-plan_rotation(rotation *r, const table *t, int layout, int axis, bool adjoint)
+plan_rotation(rotation *r, const table *t, const rope_options *options)
 {
-    const view *x = &r->x, *out = &r->out, *rows = &t->rows;
+    const view *x = &r->x, *out = &r->out;
+    view rows = t->rows;
+    char *sin = t->sin.data;
+    npy_intp n_token;
     int row_axis[NPY_MAXDIMS];
-    if (!match_axes(x, rows, axis, row_axis)) {
+    if (t->offset >= 0) {
+        int axis = options->axis + (options->axis < 0 ? x->n_axis : 0);
+        if (axis < 0 || axis >= x->n_axis - 1 ||
+            x->shape[axis] > rows.shape[0] - t->offset) {
+            return false;
+        }
+        n_token = x->shape[axis];
+        rows.shape = &n_token;
+        rows.data += t->offset * rows.step[0];
+        sin += t->offset * t->sin.step[0];
+    }
+    if (!match_axes(x, &rows, options->axis, row_axis)) {
         return false;
     }
-    npy_intp head_dim = last_of(x, x->shape);
     r->task = (rope_task){
-        .kernel = kernels->rope[layout][x->type == NPY_FLOAT ? REAL_F32 : REAL_F64],
+        .kernel = kernels->rope[options->layout][options->rounding][x->type],
         .within =
             {
-                .head_dim = (size_t)head_dim,
+                .head_dim = (size_t)last_of(x, x->shape),
+                .first = (size_t)r->start,
                 .n_pair = (size_t)t->n_pair,
-                .adjoint = adjoint,
+                .table_type = t->cos.type,
+                .adjoint = options->adjoint,
                 .x_channel = last_of(x, x->step),
                 .out_channel = last_of(out, out->step),
                 .cos_pair = t->cos_pair,
@@ -301,12 +216,12 @@ plan_rotation(rotation *r, const table *t, int layout, int axis, bool adjoint)
         r->task.cos_table = t->cos.step[0];
         r->task.sin_table = t->sin.step[0];
     }
-    char *base[NEST_N_OPERAND] = {x->data, rows->data, t->sin.data, out->data};
+    char *base[NEST_N_OPERAND] = {x->data, rows.data, sin, out->data};
     nest_begin(&r->loops[0], base);
     for (int i = 0; i < x->n_axis - 1; i++) {
         ptrdiff_t step[NEST_N_OPERAND] = {x->step[i], 0, 0, out->step[i]};
-        if (row_axis[i] >= 0 && rows->shape[row_axis[i]] > 1) {
-            step[ROPE_COS] = rows->step[row_axis[i]];
+        if (row_axis[i] >= 0 && rows.shape[row_axis[i]] > 1) {
+            step[ROPE_COS] = rows.step[row_axis[i]];
             step[ROPE_SIN] = t->positions == NULL ? t->sin.step[row_axis[i]] : 0;
         }
         nest_add_axis(&r->loops[0], (size_t)x->shape[i], step);
@@ -315,29 +230,43 @@ plan_rotation(rotation *r, const table *t, int layout, int axis, bool adjoint)
     return true;
 }
 
+/* 16-bit data may have tables of float. */
+static bool
+fit_together(int x_type, int table_type)
+{
+    bool is_short = x_type == REAL_F16 || x_type == REAL_BF16;
+    return x_type == table_type || (is_short && table_type == REAL_F32);
+}
+
 /* Take x and where its rotation goes: `out`, or a new array in x's memory order.
  * Returns as take_positions does. */
 static int
-take_operand(PyObject *x, PyObject *out, const table *t, rotation *r)
+take_operand(PyObject *x, PyObject *out, const table *t, npy_intp start, rotation *r)
 {
-    if (!view_of(x, &r->x) || r->x.n_axis == 0 || r->x.type != t->cos.type ||
-        (r->x.type != NPY_FLOAT && r->x.type != NPY_DOUBLE) ||
-        2 * t->n_pair > last_of(&r->x, r->x.shape)) {
+    if (!view_of(x, &r->x) || r->x.n_axis == 0 || r->x.type >= N_REAL ||
+        !fit_together(r->x.type, t->cos.type)) {
         return 0;
     }
-    if (out == Py_None) {
-        r->result = PyArray_NewLikeArray((PyArrayObject *)x, NPY_KEEPORDER, NULL, 0);
-        if (r->result == NULL) {
-            return -1;
-        }
-        return view_of(r->result, &r->out);
+    npy_intp head_dim = last_of(&r->x, r->x.shape);
+    start += start < 0 ? head_dim : 0;
+    if (start < 0 || start > head_dim || t->n_pair > (head_dim - start) / 2) {
+        return 0;
     }
-    npy_intp item = r->x.type == NPY_FLOAT ? sizeof(float) : sizeof(double);
-    if (!view_of(out, &r->out) || r->out.type != r->x.type || !r->out.is_writeable ||
-        !have_same_shape(&r->x, &r->out) || !has_distinct_elements(&r->out, item) ||
-        may_overlap(&r->out, item, &t->cos, item) ||
-        may_overlap(&r->out, item, &t->sin, item) ||
-        (!are_identical(&r->x, &r->out) && may_overlap(&r->out, item, &r->x, item))) {
+    r->start = start;
+    if (out == Py_None) {
+        r->result = new_like(x, &r->x, &r->out);
+        return r->result == NULL ? -1 : 1;
+    }
+    bool is_seen = out == x;
+    if (is_seen) {
+        r->out = r->x;
+    }
+    if ((!is_seen && !view_of(out, &r->out)) || r->out.type != r->x.type ||
+        !r->out.is_writeable || r->out.is_tensor != r->x.is_tensor ||
+        !have_same_shape(&r->x, &r->out) ||
+        !has_distinct_elements(&r->out, item_size(r->out.type)) ||
+        may_overlap(&r->out, &t->cos) || may_overlap(&r->out, &t->sin) ||
+        (!are_identical(&r->x, &r->out) && may_overlap(&r->out, &r->x))) {
         return 0;
     }
     r->result = Py_NewRef(out);
@@ -348,10 +277,8 @@ take_operand(PyObject *x, PyObject *out, const table *t, rotation *r)
 static bool
 disturb_each_other(const rotation *a, const rotation *b)
 {
-    npy_intp item = a->x.type == NPY_FLOAT ? sizeof(float) : sizeof(double);
-    return may_overlap(&a->out, item, &b->x, item) ||
-           may_overlap(&a->out, item, &b->out, item) ||
-           may_overlap(&b->out, item, &a->x, item);
+    return may_overlap(&a->out, &b->x) || may_overlap(&a->out, &b->out) ||
+           may_overlap(&b->out, &a->x);
 }
 
 static void
@@ -363,31 +290,54 @@ run_jobs(const nest_job *jobs, int n_job, npy_intp size)
     NPY_END_THREADS;
 }
 
+/* Tell torch which of its tensors will be written.  Returns 0, or -1 with an error. */
+static int
+mark_given(const rotation *r, int n, PyObject *const *out)
+{
+    PyObject *given[2] = {NULL, NULL};
+    int n_given = 0;
+    for (int i = 0; i < n; i++) {
+        if (r[i].out.is_tensor && out[i] != Py_None) {
+            given[n_given++] = out[i];
+        }
+    }
+    if (n_given == 0) {
+        return 0;
+    }
+    PyObject *tensors = PyTuple_Pack(n_given, given[0], given[1]);
+    int status = tensors == NULL ? -1 : mark_changed(tensors);
+    Py_XDECREF(tensors);
+    return status;
+}
+
 /* Rotate n of (x, out), one or two: plan all, then run all.  Returns 1, or 0 to
  * decline with nothing written, or -1 with an error. */
 static int
 rotate_all(rotation *r, int n, PyObject *const *x, PyObject *const *out, const table *t,
-           int layout, int axis, bool adjoint)
+           const rope_options *options)
 {
     nest_job jobs[4];
     int n_job = 0;
+    size_t n_byte = 0;
     npy_intp size = 0;
     for (int i = 0; i < n; i++) {
-        int status = take_operand(x[i], out[i], t, &r[i]);
+        int status = take_operand(x[i], out[i], t, options->start, &r[i]);
         if (status != 1) {
             return status;
         }
-        if (!plan_rotation(&r[i], t, layout, axis, adjoint) ||
+        if (!plan_rotation(&r[i], t, options) ||
             (i == 1 && disturb_each_other(&r[0], &r[1]))) {
             return 0;
         }
         size += size_of(&r[i].x);
+        n_byte += (size_t)(size_of(&r[i].x) * item_size(r[i].x.type));
+    }
+    if (mark_given(r, n, out) < 0) {
+        return -1;
     }
     for (int i = 0; i < n; i++) {
         size_t head_dim = r[i].task.within.head_dim;
-        size_t real = r[i].x.type == NPY_FLOAT ? sizeof(float) : sizeof(double);
-        rope_task_choose_stores(&r[i].task, r[i].x.data == r[i].out.data,
-                                (size_t)size * real);
+        rope_task_choose_stores(&r[i].task, r[i].x.data == r[i].out.data, n_byte);
         for (int part = 0; part < r[i].n_nest; part++) {
             jobs[n_job++] = (nest_job){&r[i].loops[part], rope_task_strip,
                                        rope_task_finish, &r[i].task, head_dim};
@@ -397,24 +347,43 @@ rotate_all(rotation *r, int n, PyObject *const *x, PyObject *const *out, const t
     return 1;
 }
 
-/* The options that all rotations share. */
-typedef struct {
-    int layout, axis;
-    bool adjoint;
-} rope_options;
-
+/* A small whole number; false for anything else. */
 static bool
-take_options(PyObject *axis, PyObject *adjoint, rope_options *options)
+take_int(PyObject *object, long least, long most, long *value)
 {
     int overflow = 0;
-    if (!PyLong_CheckExact(axis) || !PyBool_Check(adjoint)) {
+    if (!PyLong_CheckExact(object)) {
         return false;
     }
-    long value = PyLong_AsLongAndOverflow(axis, &overflow);
-    if (overflow != 0 || value < -NPY_MAXDIMS || value > NPY_MAXDIMS) {
+    *value = PyLong_AsLongAndOverflow(object, &overflow);
+    return overflow == 0 && *value >= least && *value <= most;
+}
+
+/* The first of two words, or the second, as 0 or 1. */
+static bool
+take_word(PyObject *object, const char *const words[2], int *choice)
+{
+    if (!PyUnicode_Check(object)) {
         return false;
     }
-    options->axis = (int)value;
+    *choice = PyUnicode_CompareWithASCIIString(object, words[0]) != 0;
+    return *choice == 0 || PyUnicode_CompareWithASCIIString(object, words[1]) == 0;
+}
+
+static bool
+take_options(PyObject *axis, PyObject *adjoint, PyObject *rounding, PyObject *start,
+             rope_options *options)
+{
+    static const char *const roundings[] = {
+        [ROUND_ONCE] = "once", [ROUND_EAGER] = "eager"};
+    long axis_value, start_value;
+    if (!take_int(axis, -NPY_MAXDIMS, NPY_MAXDIMS, &axis_value) ||
+        !take_int(start, -LONG_MAX, LONG_MAX, &start_value) || !PyBool_Check(adjoint) ||
+        !take_word(rounding, roundings, &options->rounding)) {
+        return false;
+    }
+    options->axis = (int)axis_value;
+    options->start = start_value;
     options->adjoint = adjoint == Py_True;
     return true;
 }
@@ -422,15 +391,25 @@ take_options(PyObject *axis, PyObject *adjoint, rope_options *options)
 static bool
 take_layout(PyObject *layout, rope_options *options)
 {
-    if (!PyUnicode_Check(layout)) {
-        return false;
-    }
-    if (PyUnicode_CompareWithASCIIString(layout, "half") == 0) {
-        options->layout = LAYOUT_HALF;
+    static const char *const layouts[] = {
+        [LAYOUT_HALF] = "half", [LAYOUT_INTERLEAVED] = "interleaved"};
+    return take_word(layout, layouts, &options->layout);
+}
+
+/* Two results, of which each may be None. */
+static bool
+take_pair(PyObject *out, PyObject *pair[2])
+{
+    pair[0] = pair[1] = Py_None;
+    if (out == Py_None) {
         return true;
     }
-    options->layout = LAYOUT_INTERLEAVED;
-    return PyUnicode_CompareWithASCIIString(layout, "interleaved") == 0;
+    if (!PyTuple_CheckExact(out) || PyTuple_GET_SIZE(out) != 2) {
+        return false;
+    }
+    pair[0] = PyTuple_GET_ITEM(out, 0);
+    pair[1] = PyTuple_GET_ITEM(out, 1);
+    return true;
 }
 
 static bool
@@ -462,70 +441,68 @@ finish(int status, rotation *r, int n, table *t)
     return answer;
 }
 
-/* rope(x, cos, sin, layout, axis, positions, adjoint, out) */
+/* rope(x, cos, sin, layout, axis, positions, adjoint, out, rounding, start) */
 static PyObject *
 rope(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
-    if (!has_arguments("rope", n_arg, 8)) {
+    if (!has_arguments("rope", n_arg, 10)) {
         return NULL;
     }
     table t = {.positions = NULL};
     rotation r;
     r.result = NULL;
     rope_options options;
-    int status =
-        take_layout(args[3], &options) && take_options(args[4], args[6], &options);
+    int status = take_layout(args[3], &options) &&
+                 take_options(args[4], args[6], args[8], args[9], &options);
     if (status == 1) {
         status = take_planar_table(args[1], args[2], args[5], &t);
     }
     if (status == 1) {
-        status = rotate_all(&r, 1, &args[0], &args[7], &t, options.layout, options.axis,
-                            options.adjoint);
+        status = rotate_all(&r, 1, &args[0], &args[7], &t, &options);
     }
     return finish(status, &r, 1, &t);
 }
 
-/* rope_qk(q, k, cos, sin, layout, axis, positions, adjoint, q_out, k_out) */
+/* rope_qk(q, k, cos, sin, layout, axis, positions, adjoint, out, rounding, start) */
 static PyObject *
 rope_qk(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
-    if (!has_arguments("rope_qk", n_arg, 10)) {
+    if (!has_arguments("rope_qk", n_arg, 11)) {
         return NULL;
     }
     table t = {.positions = NULL};
     rotation r[2];
     r[0].result = r[1].result = NULL;
     rope_options options;
-    int status =
-        take_layout(args[4], &options) && take_options(args[5], args[7], &options);
+    PyObject *out[2];
+    int status = take_layout(args[4], &options) && take_pair(args[8], out) &&
+                 take_options(args[5], args[7], args[9], args[10], &options);
     if (status == 1) {
         status = take_planar_table(args[2], args[3], args[6], &t);
     }
     if (status == 1) {
-        status = rotate_all(r, 2, &args[0], &args[8], &t, options.layout, options.axis,
-                            options.adjoint);
+        status = rotate_all(r, 2, &args[0], out, &t, &options);
     }
     return finish(status, r, 2, &t);
 }
 
-/* rope_complex(x, cis, axis, positions, adjoint, out) */
+/* rope_complex(x, cis, axis, positions, adjoint, out, rounding, start) */
 static PyObject *
 rope_complex(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
-    if (!has_arguments("rope_complex", n_arg, 6)) {
+    if (!has_arguments("rope_complex", n_arg, 8)) {
         return NULL;
     }
     table t = {.positions = NULL};
     rotation r;
     r.result = NULL;
     rope_options options = {.layout = LAYOUT_INTERLEAVED};
-    int status = take_options(args[2], args[4], &options);
+    int status = take_options(args[2], args[4], args[6], args[7], &options);
     if (status == 1) {
         status = take_complex_table(args[1], args[3], &t);
     }
     if (status == 1) {
-        status = rotate_all(&r, 1, &args[0], &args[5], &t, options.layout, options.axis,
-                            options.adjoint);
+        status = rotate_all(&r, 1, &args[0], &args[5], &t, &options);
     }
     return finish(status, &r, 1, &t);
 }
@@ -535,16 +512,15 @@ rope_complex(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_ar
 static bool
 is_table_result(const view *result, const view *positions, const view *inv_freq)
 {
-    if ((result->type != NPY_FLOAT && result->type != NPY_DOUBLE) ||
+    if ((result->type != REAL_F32 && result->type != REAL_F64) ||
         !result->is_writeable || result->n_axis != positions->n_axis + 1) {
         return false;
     }
-    npy_intp item = result->type == NPY_FLOAT ? sizeof(float) : sizeof(double);
+    npy_intp item = item_size(result->type);
     return agree_in_shape(result, positions, positions->n_axis) &&
            last_of(result, result->shape) == inv_freq->shape[0] &&
-           has_distinct_elements(result, item) &&
-           !may_overlap(result, item, positions, sizeof(double)) &&
-           !may_overlap(result, item, inv_freq, sizeof(double));
+           has_distinct_elements(result, item) && !may_overlap(result, positions) &&
+           !may_overlap(result, inv_freq);
 }
 
 /* False if the tables lie in each other's memory, other than as the real and the
@@ -552,14 +528,14 @@ is_table_result(const view *result, const view *positions, const view *inv_freq)
 static bool
 are_apart(const view *cos, const view *sin)
 {
-    npy_intp item = cos->type == NPY_FLOAT ? sizeof(float) : sizeof(double);
+    npy_intp item = item_size(cos->type);
     if (sin->data == cos->data + item && last_of(cos, cos->step) == 2 * item) {
         view both = *cos;
         view twin = *sin;
         twin.data = both.data;
         return are_identical(&both, &twin) && has_distinct_elements(&both, 2 * item);
     }
-    return !may_overlap(cos, item, sin, item);
+    return !may_overlap(cos, sin);
 }
 
 /* cos_sin(positions, inv_freq, factor, float32_angles, cos, sin): fill the tables;
@@ -577,7 +553,7 @@ cos_sin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     view positions, inv_freq, cos, sin;
     if (!view_of(args[0], &positions) || !view_of(args[1], &inv_freq) ||
         !view_of(args[4], &cos) || !view_of(args[5], &sin) ||
-        positions.type != NPY_DOUBLE || inv_freq.type != NPY_DOUBLE ||
+        positions.type != REAL_F64 || inv_freq.type != REAL_F64 ||
         inv_freq.n_axis != 1 || cos.type != sin.type ||
         !is_table_result(&cos, &positions, &inv_freq) ||
         !is_table_result(&sin, &positions, &inv_freq) || !are_apart(&cos, &sin)) {
@@ -588,7 +564,7 @@ cos_sin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
         .factor = factor,
         .float32_angles = args[3] == Py_True,
         .inv_freq_type = REAL_F64,
-        .out_type = cos.type == NPY_FLOAT ? REAL_F32 : REAL_F64,
+        .out_type = cos.type,
         .inv_freq_pair = inv_freq.step[0],
         .cos_pair = last_of(&cos, cos.step),
         .sin_pair = last_of(&sin, sin.step),
@@ -607,12 +583,16 @@ cos_sin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     Py_RETURN_NONE;
 }
 
-#define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL, NULL
+#define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL
 
 PyMethodDef array_methods[] = {
-    {"rope_arrays", FASTCALL(rope)},
-    {"rope_qk_arrays", FASTCALL(rope_qk)},
-    {"rope_complex_arrays", FASTCALL(rope_complex)},
-    {"cos_sin_arrays", FASTCALL(cos_sin)},
+    {"rope_arrays", FASTCALL(rope),
+     "(x, cos, sin, layout, axis, positions, adjoint, out, rounding, start)"},
+    {"rope_qk_arrays", FASTCALL(rope_qk),
+     "(q, k, cos, sin, layout, axis, positions, adjoint, out, rounding, start)"},
+    {"rope_complex_arrays", FASTCALL(rope_complex),
+     "(x, cis, axis, positions, adjoint, out, rounding, start)"},
+    {"cos_sin_arrays", FASTCALL(cos_sin),
+     "(positions, inv_freq, factor, float32_angles, cos, sin)"},
     {NULL, NULL, 0, NULL},
 };

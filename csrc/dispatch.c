@@ -27,10 +27,13 @@ has_v4(void)
 int
 dispatch_init(const char *wanted)
 {
-    const kernel_table *available[3];
+    const kernel_table *available[4];
     int n_available = 0;
 #ifdef POSENC_X86_64
     __builtin_cpu_init();
+    if (has_v4() && __builtin_cpu_supports("avx512bf16")) {
+        available[n_available++] = &kernels_v4_bf16;
+    }
     if (has_v4()) {
         available[n_available++] = &kernels_v4;
     }

@@ -13,16 +13,27 @@
 
 #include "dispatch.h"
 #include "tasks.h"
+#include "view.h"
 
-/* What a loop is told by its registration: the kernel's place in the table. */
+/* What a loop is told by its registration: the kernel's place in the table, and the
+ * type of cosines and sines. */
 typedef struct {
-    int layout, type;
+    int layout, type, table_type;
 } rope_variant;
 
-static rope_variant half_f32 = {LAYOUT_HALF, REAL_F32};
-static rope_variant half_f64 = {LAYOUT_HALF, REAL_F64};
-static rope_variant interleaved_f32 = {LAYOUT_INTERLEAVED, REAL_F32};
-static rope_variant interleaved_f64 = {LAYOUT_INTERLEAVED, REAL_F64};
+/* By type and table: the loops of a layout, bfloat16's last. */
+enum { F32, F64, F16_F32, F16, BF16_F32, BF16, N_VARIANT };
+#define ROPE_VARIANTS(layout)                                                       \
+    {                                                                               \
+        [F32] = {layout, REAL_F32, REAL_F32}, [F64] = {layout, REAL_F64, REAL_F64}, \
+        [F16_F32] = {layout, REAL_F16, REAL_F32},                                   \
+        [F16] = {layout, REAL_F16, REAL_F16},                                       \
+        [BF16_F32] = {layout, REAL_BF16, REAL_F32},                                 \
+        [BF16] = {layout, REAL_BF16, REAL_BF16},                                    \
+    }
+
+static rope_variant half[N_VARIANT] = ROPE_VARIANTS(LAYOUT_HALF);
+static rope_variant interleaved[N_VARIANT] = ROPE_VARIANTS(LAYOUT_INTERLEAVED);
 
 typedef struct {
     int inv_freq_type, out_type;
@@ -64,9 +75,10 @@ rope_task_of(const rope_variant *variant, npy_intp head_dim, npy_intp n_pair)
     /* dask asks for the result's type with every core size 1: copy that one. */
     npy_intp most = head_dim / 2;
     return (rope_task){
-        .kernel = kernels->rope[variant->layout][variant->type],
+        .kernel = kernels->rope[variant->layout][ROUND_ONCE][variant->type],
         .within = {.head_dim = (size_t)head_dim,
-                   .n_pair = (size_t)(n_pair < most ? n_pair : most)},
+                   .n_pair = (size_t)(n_pair < most ? n_pair : most),
+                   .table_type = variant->table_type},
     };
 }
 
@@ -74,9 +86,8 @@ static void
 choose_stores(rope_task *task, const rope_variant *variant, npy_intp n_row,
               bool in_place)
 {
-    size_t real = variant->type == REAL_F32 ? sizeof(float) : sizeof(double);
-    rope_task_choose_stores(task, in_place,
-                            (size_t)n_row * task->within.head_dim * real);
+    size_t n_byte = (size_t)n_row * task->within.head_dim;
+    rope_task_choose_stores(task, in_place, n_byte * (size_t)item_size(variant->type));
 }
 
 /* (n),(m),(m)->(n): x, cos, sin -> out */
@@ -103,7 +114,7 @@ rope_complex_loop(char **args, const npy_intp *dimensions, const npy_intp *steps
 {
     const rope_variant *variant = data;
     npy_intp n_row = dimensions[0], n = dimensions[1], m = dimensions[2];
-    ptrdiff_t real = variant->type == REAL_F32 ? sizeof(float) : sizeof(double);
+    ptrdiff_t real = item_size(variant->table_type);
     rope_task task = rope_task_of(variant, n, m);
     task.within.x_channel = steps[3];
     task.within.cos_pair = task.within.sin_pair = steps[4];
@@ -160,7 +171,7 @@ check_complex(PyUFuncObject *ufunc, npy_intp *core)
     return check_width(ufunc->name, "cis", core);
 }
 
-enum { MAX_LOOP = 4, MAX_ARGUMENT = 4 };
+enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 4 };
 
 typedef struct {
     const char *name, *signature, *doc;
@@ -169,7 +180,14 @@ typedef struct {
     PyUFuncGenericFunction loop[MAX_LOOP];
     void *data[MAX_LOOP];
     char types[MAX_LOOP * MAX_ARGUMENT];
+    /* The loops of bfloat16, which NumPy learns at run time: it stands as 0 here. */
+    int n_bfloat16;
+    void *bfloat16_data[MAX_BFLOAT16];
+    char bfloat16_types[MAX_BFLOAT16][MAX_ARGUMENT];
 } gufunc_entry;
+
+/* Not NumPy's bool, which has the number 0 but no loop here. */
+#define NPY_BFLOAT16 0
 
 /* NumPy keeps pointers into this table: it must live as long as the process.
  * Exact types win whatever the order; for the others the first loop that they
@@ -181,12 +199,18 @@ static gufunc_entry gufuncs[] = {
         .doc = "Rotate the channel pairs (i, i + m) of x by the angles of cos and sin.",
         .nin = 3,
         .nout = 1,
-        .n_loop = 2,
+        .n_loop = 4,
         .check = check_planar,
-        .loop = {rope_loop, rope_loop},
-        .data = {&half_f32, &half_f64},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE},
+        .loop = {rope_loop, rope_loop, rope_loop, rope_loop},
+        .data = {&half[F32], &half[F64], &half[F16_F32], &half[F16]},
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,     //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
+                  NPY_HALF, NPY_FLOAT, NPY_FLOAT, NPY_HALF,       //
+                  NPY_HALF, NPY_HALF, NPY_HALF, NPY_HALF},
+        .n_bfloat16 = 2,
+        .bfloat16_data = {&half[BF16_F32], &half[BF16]},
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_FLOAT, NPY_BFLOAT16},
+                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
     },
     {
         .name = "rope_interleaved",
@@ -195,12 +219,19 @@ static gufunc_entry gufuncs[] = {
             "Rotate the channel pairs (2i, 2i + 1) of x by the angles of cos and sin.",
         .nin = 3,
         .nout = 1,
-        .n_loop = 2,
+        .n_loop = 4,
         .check = check_planar,
-        .loop = {rope_loop, rope_loop},
-        .data = {&interleaved_f32, &interleaved_f64},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE},
+        .loop = {rope_loop, rope_loop, rope_loop, rope_loop},
+        .data = {&interleaved[F32], &interleaved[F64], &interleaved[F16_F32],
+                 &interleaved[F16]},
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,     //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
+                  NPY_HALF, NPY_FLOAT, NPY_FLOAT, NPY_HALF,       //
+                  NPY_HALF, NPY_HALF, NPY_HALF, NPY_HALF},
+        .n_bfloat16 = 2,
+        .bfloat16_data = {&interleaved[BF16_F32], &interleaved[BF16]},
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_FLOAT, NPY_BFLOAT16},
+                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
     },
     {
         .name = "rope_complex",
@@ -208,12 +239,16 @@ static gufunc_entry gufuncs[] = {
         .doc = "Multiply the channel pairs (2i, 2i + 1) of x by a complex table.",
         .nin = 2,
         .nout = 1,
-        .n_loop = 2,
+        .n_loop = 3,
         .check = check_complex,
-        .loop = {rope_complex_loop, rope_complex_loop},
-        .data = {&interleaved_f32, &interleaved_f64},
-        .types = {NPY_FLOAT, NPY_CFLOAT, NPY_FLOAT, //
-                  NPY_DOUBLE, NPY_CDOUBLE, NPY_DOUBLE},
+        .loop = {rope_complex_loop, rope_complex_loop, rope_complex_loop},
+        .data = {&interleaved[F32], &interleaved[F64], &interleaved[F16_F32]},
+        .types = {NPY_FLOAT, NPY_CFLOAT, NPY_FLOAT,    //
+                  NPY_DOUBLE, NPY_CDOUBLE, NPY_DOUBLE, //
+                  NPY_HALF, NPY_CFLOAT, NPY_HALF},
+        .n_bfloat16 = 1,
+        .bfloat16_data = {&interleaved[BF16_F32]},
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_CFLOAT, NPY_BFLOAT16}},
     },
     {
         .name = "cos_sin",
@@ -231,6 +266,25 @@ static gufunc_entry gufuncs[] = {
 };
 
 static int
+add_bfloat16_loops(PyUFuncObject *ufunc, const gufunc_entry *entry)
+{
+    int number = find_bfloat16();
+    for (int i = 0; number >= 0 && i < entry->n_bfloat16; i++) {
+        int types[MAX_ARGUMENT];
+        for (int j = 0; j < entry->nin + entry->nout; j++) {
+            int type = entry->bfloat16_types[i][j];
+            types[j] = type == NPY_BFLOAT16 ? number : type;
+        }
+        if (PyUFunc_RegisterLoopForType(ufunc, number, entry->loop[0], types,
+                                        entry->bfloat16_data[i]) < 0) {
+            return -1;
+        }
+    }
+    return number < 0 ? -1 : 0;
+}
+
+/* All loops are there before anybody can call it: NumPy remembers what a call found. */
+static int
 add_gufunc(PyObject *module, gufunc_entry *entry)
 {
     PyObject *ufunc = PyUFunc_FromFuncAndDataAndSignature(
@@ -240,7 +294,10 @@ add_gufunc(PyObject *module, gufunc_entry *entry)
         return -1;
     }
     ((PyUFuncObject *)ufunc)->process_core_dims_func = entry->check;
-    int status = PyModule_AddObjectRef(module, entry->name, ufunc);
+    int status = add_bfloat16_loops((PyUFuncObject *)ufunc, entry);
+    if (status == 0) {
+        status = PyModule_AddObjectRef(module, entry->name, ufunc);
+    }
     Py_DECREF(ufunc);
     return status;
 }

@@ -22,6 +22,7 @@ extern const kernel_table kernels_baseline;
 #ifdef POSENC_X86_64
 extern const kernel_table kernels_v3;
 extern const kernel_table kernels_v4;
+extern const kernel_table kernels_v4_bf16;
 #endif
 
 #endif

@@ -8,6 +8,7 @@
 #define WIDE_BYTES 16
 #define WIDE_LANES_F32 4
 #define WIDE_LANES_F64 2
+#define WIDE_WORDS 8
 #define HELD 4
 #ifdef POSENC_X86_64
 #define STREAM(to, value) _mm_stream_si128((__m128i *)(to), (__m128i)(value))

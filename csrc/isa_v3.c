@@ -6,19 +6,28 @@
 
 #ifdef POSENC_X86_64
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), \
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,f16c"))), \
                              apply_to = function)
 #else
-#pragma GCC target("avx2,fma,bmi,bmi2")
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c")
 #endif
 
 #define SIMD_NAME "v3"
 #define WIDE_BYTES 32
 #define WIDE_LANES_F32 8
 #define WIDE_LANES_F64 4
+#define WIDE_WORDS 16
 #define HELD 4
+#define MULTIPLY_ADD(a, b, c) _mm256_fmadd_pd(a, b, c)
 #define STREAM(to, value) _mm256_stream_si256((__m256i *)(to), (__m256i)(value))
+#define STREAM_HALF(to, half) _mm_stream_si128((__m128i *)(to), (__m128i)(half))
 #define FENCE() _mm_sfence()
+#define HALF_TO_FLOAT_WIDE(half) _mm256_cvtph_ps((__m128i)(half))
+#define FLOAT_TO_HALF_WIDE(value) \
+    _mm256_cvtps_ph((__m256)(value), _MM_FROUND_TO_NEAREST_INT)
+#define HALF_TO_FLOAT_QUAD(half) _mm_cvtph_ps((__m128i){(long long)(half), 0})
+#define FLOAT_TO_HALF_QUAD(value) \
+    ((__v2di)_mm_cvtps_ph((__m128)(value), _MM_FROUND_TO_NEAREST_INT))[0]
 #define KERNEL_TABLE kernels_v3
 #include "kernels.inc"
 

@@ -9,6 +9,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "view.h"
 
 static PyObject *
 build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
@@ -82,7 +83,7 @@ static int
 module_exec(PyObject *module)
 {
     if (refuse_subinterpreter() < 0 || PyArray_ImportNumPyAPI() < 0 ||
-        PyUFunc_ImportUFuncAPI() < 0 || choose_kernels() < 0) {
+        PyUFunc_ImportUFuncAPI() < 0 || find_bfloat16() < 0 || choose_kernels() < 0) {
         return -1;
     }
     int error = parallel_init();

@@ -4,7 +4,8 @@
  * allocate, keep no state and cannot fail; sizes and overlap are the caller's
  * to check.  All steps are in bytes and may be zero or negative.  Each result
  * is the same bit for bit on every instruction set: products, sums and fused
- * multiply-adds stand where they are written and nowhere else.
+ * multiply-adds stand where they are written and nowhere else.  Float tables alone may
+ * be computed in several ways, each proven to round to the same float.
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
@@ -14,16 +15,23 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-enum { REAL_F32, REAL_F64, N_REAL };
+/* Types of elements; the last two have 16 bits, IEEE half and bfloat16. */
+enum { REAL_F32, REAL_F64, REAL_F16, REAL_BF16, N_REAL };
 
 /* How the channels of a row are paired: (i, i + n_pair), as GPT-NeoX and Llama
  * do, or (2i, 2i + 1), as GPT-J does. */
 enum { LAYOUT_HALF, LAYOUT_INTERLEAVED, N_LAYOUT };
 
+/* Where results of 16 bits are rounded: at the end only, or also each product, as
+ * PyTorch's eager mode does. */
+enum { ROUND_ONCE, ROUND_EAGER, N_ROUNDING };
+
 typedef struct {
     size_t n_row;    /* rows in the strip                                     */
     size_t head_dim; /* channels per row                                      */
-    size_t n_pair;   /* rotated pairs; 2 * n_pair <= head_dim                 */
+    size_t first;    /* the first rotated channel                             */
+    size_t n_pair;   /* rotated pairs; first + 2 * n_pair <= head_dim         */
+    int table_type;  /* of cos and sin: the type of x, or REAL_F32            */
     bool adjoint;    /* rotate by the negative angles                         */
     bool stream;     /* write past the caches where that can be: a hint; the
                         caller ends with finish_stores                        */
@@ -84,7 +92,7 @@ typedef void cos_sin_kernel(const cos_sin_strip *strip, const char *position,
 /* The kernels of one instruction set. */
 typedef struct {
     const char *simd;
-    rope_kernel *rope[N_LAYOUT][N_REAL];
+    rope_kernel *rope[N_LAYOUT][N_ROUNDING][N_REAL];
     cos_sin_kernel *cos_sin;
     void (*finish_stores)(void); /* make streamed results visible to other threads */
 } kernel_table;

@@ -196,6 +196,89 @@ def test_entries_far_out_next_to_zero(dtype, measured):
     assert worst <= TABLE_ULP[np.dtype(dtype)]
 
 
+# --- a single entry is the double one rounded ----------------------------------------
+
+
+def assert_double_rounded(positions, inv_freq, factor=1.0):
+    """Compare with the double tables, which have one way only: however it lies."""
+    options = {"attention_factor": factor}
+    wide = rope_table(positions, inv_freq, dtype=np.float64, **options)
+    with np.errstate(over="ignore", under="ignore"):
+        want = [table.astype(np.float32) for table in wide]
+    cis = rope_cis(positions, inv_freq, **options)
+    apart = np.zeros((3, *want[0].shape, 2), np.float32)[::2, ..., 0]
+    rope_table(positions, inv_freq, out=tuple(apart), **options)
+    planar = rope_table(positions, inv_freq, **options)
+    for tables in (planar, (cis.real, cis.imag), apart):
+        for got, wanted in zip(tables, want, strict=True):
+            reference.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("theta", THETAS, ids=lambda theta: f"{theta:g}")
+def test_every_single_entry_is_the_double_one_rounded(theta):
+    positions, inv_freq = np.arange(131072.0), inv_freq_of(theta)
+    wide = rope_table(positions, inv_freq, dtype=np.float64)
+    for got, wanted in zip(rope_table(positions, inv_freq), wide, strict=True):
+        reference.same_bits(got, wanted.astype(np.float32))
+
+
+def whole_and_other_positions():
+    """Rows by 16 and 256 that share bits, wherever they start, and what parts them."""
+    rng = np.random.default_rng(16)
+    rows = np.arange(700.0)
+    broken = rows.copy()
+    broken[rng.random(700) < 0.2] += 0.5
+    broken[rng.random(700) < 0.05] = -0.0
+    broken[rng.random(700) < 0.05] = np.nan
+    broken[rng.random(700) < 0.05] = np.inf
+    return {
+        "from zero": rows,
+        "too few": rows[:63],
+        "across zero": rows - 350,
+        "down": rows[::-1],
+        "every third": 3 * rows,
+        "each twice": rows // 2,
+        "all zero": 0 * rows,
+        "in any order": rng.permutation(rows),
+        "not whole": rows + 0.25,
+        "broken": broken,
+        "random": rng.integers(-(2**31) + 1, 2**31, 700).astype(float),
+        "up to 2^31": LIMIT - 700 + rows,
+        "from -2^31": rows - LIMIT,
+        "across 2^50": 2.0**50 - 350 + rows,
+        "across 2^53": 2.0**53 - 350 + rows,
+    }
+
+
+@pytest.mark.parametrize("kind", whole_and_other_positions())
+def test_rows_in_any_order(kind):
+    positions = whole_and_other_positions()[kind]
+    for n_pair in (1, 7, 64, 90):
+        for theta, factor in ((1e4, 1.0), (1e6, 1.3465735902799727), (10, -0.7)):
+            assert_double_rounded(positions, inv_freq_of(theta, n_pair), factor)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [0.0, 5e-324, 2.0**-149, 2.0**-130, 1e-20, 1 + 2.0**-24, 3e38, 1e300],
+)
+def test_any_factor(factor):
+    """Subnormal and huge results; 1 + 2^-24 puts cosines of small angles on a tie."""
+    for theta in (5e5, 1e10):
+        assert_double_rounded(np.arange(-200.0, 300), inv_freq_of(theta), factor)
+
+
+def test_any_frequency():
+    """Frequencies that products cannot take, and 0: rotary channels that stand."""
+    positions = np.arange(-200.0, 300)
+    assert_double_rounded(positions, np.zeros(64))
+    for odd in (0.0, -0.0, -0.5, np.nan, np.inf, 5e-324, 1e-200, 1e-31, 1e31, 1e308):
+        inv_freq = inv_freq_of(1e4)
+        inv_freq[40] = odd
+        assert_double_rounded(positions, inv_freq)
+        assert_double_rounded(positions, inv_freq, -2.5)
+
+
 # --- an entry depends on its own position and frequency ------------------------------
 
 
