@@ -1,8 +1,9 @@
 """
 Positional encodings for transformers on the CPU.
 
-C kernels behind plain functions on NumPy arrays; the raw gufuncs are in
-`posenc.ufunc`, the patch for Hugging Face models in `posenc.hf`.
+C kernels behind plain functions on NumPy arrays and torch's CPU tensors; the raw
+gufuncs are in `posenc.ufunc`, functions with gradients in `posenc.torch`, the patch for
+Hugging Face models in `posenc.hf`.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause

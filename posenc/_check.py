@@ -6,6 +6,15 @@ import numbers
 
 import numpy as np
 
+from . import _tensors as tensors
+
+# Where the derivatives are that the functions here do not give.
+_GRADIENTS = {
+    "rope": " (posenc.torch.rope gives gradients)",
+    "rope_qk": " (posenc.torch.rope_qk gives gradients)",
+    "rope_complex": " (posenc.torch.rope gives gradients)",
+}
+
 
 def must(function, parameter, rule, got):
     """Return the one sentence that every error says: ``got`` is shown as it is."""
@@ -45,24 +54,27 @@ def real_number(function, parameter, value, rule="be a finite number", holds=Non
 
 
 def real_dtype(function, dtype):
-    """Return `dtype` as float32 or float64."""
+    """Return `dtype`, of NumPy or torch, as NumPy's float32 or float64."""
+    rule = "be float32 or float64"
     try:
-        dtype = np.dtype(dtype)
+        dtype = np.dtype(tensors.numpy_dtype(dtype))
     except TypeError:
-        raise TypeError(
-            must(function, "dtype", "be float32 or float64", repr(dtype))
-        ) from None
+        raise TypeError(must(function, "dtype", rule, repr(dtype))) from None
     if dtype not in (np.float32, np.float64):
-        raise TypeError(must(function, "dtype", "be float32 or float64", dtype))
+        raise TypeError(must(function, "dtype", rule, dtype))
     return dtype
 
 
 def as_array(function, parameter, value):
-    """Return an array, or whatever else NumPy's functions dispatch on."""
+    """Return an array, or whatever else NumPy's functions dispatch on.
+
+    The array of a tensor lies in the tensor's memory.
+    """
+    if tensors.is_tensor(value):
+        return _tensor_memory(function, parameter, value)
     kind = type(value)
-    is_tensor = kind.__module__.partition(".")[0] == "torch"
-    if is_tensor or isinstance(value, np.ma.MaskedArray):
-        rule = "be a plain NumPy array or a list (of a tensor: its .numpy())"
+    if isinstance(value, np.ma.MaskedArray):
+        rule = "be a plain NumPy array, a CPU tensor or a list"
         raise TypeError(must(function, parameter, rule, kind.__name__))
     if value is None:
         raise TypeError(must(function, parameter, "be an array", value))
@@ -73,6 +85,26 @@ def as_array(function, parameter, value):
     except ValueError:
         rule = "be one array of numbers"
         raise ValueError(must(function, parameter, rule, kind.__name__)) from None
+
+
+def _tensor_memory(function, parameter, tensor):
+    """Return the array in a tensor's memory; raise if that is not all there is."""
+    rule = "be a plain CPU tensor"
+    got = tensors.obstacle(tensor)
+    if got is not None:
+        raise TypeError(must(function, parameter, rule, got))
+    if tensors.needs_gradient(tensor):
+        rule = "need no gradient" + _GRADIENTS.get(function, "")
+        got = "a tensor with requires_grad=True"
+        raise TypeError(must(function, parameter, rule, got))
+    try:
+        return tensors.as_numpy(tensor)
+    except RuntimeError:
+        got = "a tensor without memory of its own"
+        raise TypeError(must(function, parameter, rule, got)) from None
+    except TypeError:
+        rule = "have a dtype that NumPy knows"
+        raise TypeError(must(function, parameter, rule, tensor.dtype)) from None
 
 
 def real_array(function, parameter, value):
@@ -96,11 +128,16 @@ def true_or_false(function, parameter, value):
         raise TypeError(must(function, parameter, "be True or False", repr(value)))
 
 
-def out_array(function, out, shape, dtype, parameter="out"):
-    """Raise unless `out` is an array that a result can be written to."""
+def out_array(function, out, shape, dtype, parameter="out", tensor=False):
+    """Return `out`, or a tensor's memory; raise unless a result can go there."""
+    kind = type(out).__name__
+    if tensor:
+        if not tensors.is_tensor(out):
+            raise TypeError(must(function, parameter, "be a torch.Tensor", kind))
+        out = as_array(function, parameter, out)
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        rule, got = "be a plain NumPy array", type(out).__name__
-        raise TypeError(must(function, parameter, rule, got))
+        rule = "be a plain NumPy array"
+        raise TypeError(must(function, parameter, rule, kind))
     if tuple(out.shape) != tuple(shape):
         rule = f"have shape {tuple(shape)}"
         raise ValueError(must(function, parameter, rule, f"shape {tuple(out.shape)}"))
@@ -112,6 +149,7 @@ def out_array(function, out, shape, dtype, parameter="out"):
     if _may_hold_an_element_twice(out):
         rule, got = "not overlap itself", f"strides {out.strides}"
         raise ValueError(must(function, parameter, rule, got))
+    return out
 
 
 def _may_hold_an_element_twice(array):

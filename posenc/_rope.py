@@ -5,22 +5,19 @@ import contextlib
 
 import numpy as np
 
-from . import _core
+from . import _tensors as tensors
 from ._check import as_array, must, one_of, real_array, real_dtype, whole_number
+from ._core import rope_arrays, rope_complex_arrays, rope_qk_arrays
 from ._rope_check import (
     COMPLEX,
-    complex_table,
+    LAYOUTS,
+    Call,
     fill_table,
-    inverse_complex,
-    inverse_table,
     pair,
-    plan,
-    planar_table,
     share_memory,
     table_result,
 )
-
-_LAYOUTS = {"half": _core.rope_half, "interleaved": _core.rope_interleaved}
+from ._rope_rows import rows_for
 
 
 def rope(
@@ -31,22 +28,28 @@ def rope(
     layout="half",
     axis=-2,
     positions=None,
+    offset=None,
+    cu_seqlens=None,
+    rotary_start=0,
     inverse=False,
     adjoint=False,
+    rounding="once",
     out=None,
 ):
     """
     Rotate the channel pairs of queries or keys by the angles of a table.
 
-    Channels past twice the width of the table are copied (partial rotary). Each
-    result is two products and one sum, each rounded once, as PyTorch computes it.
+    Channels outside the rotated ones, twice as many as the table is wide, are copied
+    (partial rotary). Float32 and float64 results are two products and one sum, each
+    rounded, as PyTorch computes them; 16-bit data are computed in float32.
 
     Parameters
     ----------
-    x : array_like, shape (..., head_dim)
-        Queries or keys, float32 or float64 (integers count as float64), in any
-        memory layout.
-    cos, sin : array_like, shape (T, M), (B, T, M) or as many axes as x
+    x : array_like or torch.Tensor, shape (..., head_dim)
+        Queries or keys, float16, bfloat16 (of ml_dtypes, in NumPy), float32 or
+        float64, in any memory layout; integers count as float64. A tensor is a
+        plain one on the CPU that needs no gradient.
+    cos, sin : array_like or torch.Tensor, shape (T, M), (B, T, M) or axes as x
         Cosines and sines of the angles, ``2 * M <= head_dim``, from `rope_table`.
         T is the size of x along `axis`, B that of its first axis or 1. A table
         with as many axes as x is broadcast against it.
@@ -60,30 +63,49 @@ def rope(
     positions : array_like of int, shape (T,) or (B, T), optional
         Row of the table to use for each token; the table is then (P, M), and each
         position lies in [0, P).
+    offset : int or array_like of int, shape (B,), optional
+        Token t uses row ``offset + t`` of a (P, M) table: the number of tokens that
+        came before, as in a cache of keys, for all sequences or for each.
+    cu_seqlens : array_like of int, shape (N + 1,), optional
+        N sequences of different lengths lie packed along `axis`, sequence i from
+        ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``, as flash-attention has it: each
+        begins with row 0 of a (P, M) table, or with row `offset`, which may then
+        have shape (N,).
+    rotary_start : int, default 0
+        The first rotated channel; negative numbers count from the end, so that
+        ``-2 * M`` rotates the last ones.
     inverse : bool, default False
         Undo the rotation: multiply by the inverse of the table's matrices, so
         that an attention factor is divided out again.
     adjoint : bool, default False
         Apply the transpose, which is the gradient: rotate backwards, an attention
         factor stays in.
-    out : ndarray, shape (..., head_dim), optional
-        Where the result goes, of the result's dtype. It may be x itself; any other
-        overlap is handled.
+    rounding : {'once', 'eager'}, default 'once'
+        How 16-bit results are rounded. ``'once'`` rounds the float32 result;
+        ``'eager'`` rounds each product and then the sum, as PyTorch and so
+        transformers do, given tables of x's type.
+    out : ndarray or torch.Tensor, shape (..., head_dim), optional
+        Where the result goes: of x's kind and of the result's dtype. It may be x
+        itself; any other overlap is handled.
 
     Returns
     -------
-    ndarray, shape (..., head_dim)
-        The rotated x, in the common dtype of x, cos and sin and in x's memory
-        order; `out` if it was given. Array subclasses (but masked arrays) and dask
-        arrays go through the gufuncs and keep their type.
+    ndarray or torch.Tensor, shape (..., head_dim)
+        The rotated x, of x's kind and in x's memory order; `out` if it was given.
+        A 16-bit x keeps its dtype unless the table is float64; else the result has
+        the common dtype of x, cos and sin. Array subclasses (but masked arrays) and
+        dask arrays go through the gufuncs and keep their type.
 
     Raises
     ------
     TypeError
-        If an argument is of the wrong kind or dtype.
+        If an argument is of the wrong kind or dtype; if a tensor needs a gradient
+        (`posenc.torch.rope` gives it) or is no plain CPU tensor.
     ValueError
-        If shapes do not fit, a position lies outside the table, `layout` is
-        unknown, or both `inverse` and `adjoint` are set. Nothing has been written.
+        If shapes do not fit, a token would use a row outside the table, `layout` or
+        `rounding` is unknown, `positions` is given together with `offset` or
+        `cu_seqlens`, or both `inverse` and `adjoint` are set. Nothing has been
+        written.
 
     See Also
     --------
@@ -95,7 +117,7 @@ def rope(
     -----
     For a pair (a, b) and its angle: ``a' = a cos - b sin``, ``b' = b cos + a sin``.
     NaN results are one quiet NaN. The inverse is computed as a rotation by
-    (cos, -sin) / (cos**2 + sin**2), rounded to the table's dtype.
+    (cos, -sin) / (cos**2 + sin**2), rounded to the table's dtype, at least float32.
 
     References
     ----------
@@ -109,17 +131,39 @@ def rope(
     >>> import posenc
     >>> posenc.rope([[1.0, 0.0]], cos=[[0.0]], sin=[[1.0]])
     array([[0., 1.]])
+
+    16-bit data keep their type; the table may stay in float32:
+
+    >>> import ml_dtypes, numpy as np
+    >>> cos, sin = posenc.rope_table(range(8), posenc.rope_inv_freq(4)[0])
+    >>> x = np.ones((3, 4), ml_dtypes.bfloat16)
+    >>> posenc.rope(x, cos[:3], sin[:3])[1]
+    array([-0.300781, 0.988281, 1.38281, 1.00781], dtype=bfloat16)
+
+    The next token of a sequence whose first two are in the cache:
+
+    >>> bool((posenc.rope(x[2:], cos, sin, offset=2) == posenc.rope(x, cos[:3],
+    ...       sin[:3])[2:]).all())
+    True
+
+    Two packed sequences, of 1 and 2 tokens:
+
+    >>> packed = posenc.rope(x, cos, sin, cu_seqlens=[0, 1, 3])
+    >>> bool((packed == posenc.rope(x, cos, sin, positions=[0, 0, 1])).all())
+    True
     """
-    if inverse is not False:
-        cos, sin = inverse_table("rope", cos, sin, inverse, adjoint)
-    result = _core.rope_arrays(x, cos, sin, layout, axis, positions, adjoint, out)
-    if result is not NotImplemented:
-        return result
-    one_of("rope", "layout", layout, _LAYOUTS)
-    table = planar_table("rope", cos, sin, positions, adjoint)
-    return plan(
-        "rope", "x", x, _LAYOUTS[layout], table, axis, positions, "out", out
-    ).run()
+    if inverse is False and (positions is None or type(positions) is not int):
+        rows = positions
+        if offset is not None or cu_seqlens is not None:
+            rows = rows_for((x,), axis, positions, offset, cu_seqlens)
+        result = rope_arrays(
+            x, cos, sin, layout, axis, rows, adjoint, out, rounding, rotary_start
+        )
+        if result is not NotImplemented:
+            return result
+    call = Call("rope", layout, axis, positions, offset, cu_seqlens, rotary_start,
+                inverse, adjoint, rounding)  # fmt: skip
+    return call.rotate({"x": x}, {"cos": cos, "sin": sin}, [out])[0]
 
 
 def rope_qk(
@@ -131,8 +175,12 @@ def rope_qk(
     layout="half",
     axis=-2,
     positions=None,
+    offset=None,
+    cu_seqlens=None,
+    rotary_start=0,
     inverse=False,
     adjoint=False,
+    rounding="once",
     out=None,
 ):
     """
@@ -140,18 +188,20 @@ def rope_qk(
 
     Parameters
     ----------
-    q, k : array_like, shape (..., head_dim)
+    q, k : array_like or torch.Tensor, shape (..., head_dim)
         Queries and keys, as x of `rope`; grouped-query attention has fewer keys.
-    cos, sin : array_like
+    cos, sin : array_like or torch.Tensor
         The table for both, as in `rope`.
-    layout, axis, positions, inverse, adjoint : optional
+    layout, axis, positions, offset, cu_seqlens, rotary_start : optional
         As in `rope`.
-    out : pair of ndarray, optional
+    inverse, adjoint, rounding : optional
+        As in `rope`.
+    out : pair of ndarray or torch.Tensor, optional
         Where the two results go; ``out=(q, k)`` rotates in place.
 
     Returns
     -------
-    q, k : ndarray
+    q, k : ndarray or torch.Tensor
         The rotated queries and keys; those of `out` if it was given.
 
     Raises
@@ -179,33 +229,34 @@ def rope_qk(
     >>> k.shape
     (2, 1, 5, 8)
     """
-    if inverse is not False:
-        cos, sin = inverse_table("rope_qk", cos, sin, inverse, adjoint)
-    q_out, k_out = pair("rope_qk", out)
-    result = _core.rope_qk_arrays(
-        q, k, cos, sin, layout, axis, positions, adjoint, q_out, k_out
-    )
-    if result is not NotImplemented:
-        return result
-    one_of("rope_qk", "layout", layout, _LAYOUTS)
-    table = planar_table("rope_qk", cos, sin, positions, adjoint)
-    gufunc = _LAYOUTS[layout]
-    plans = [
-        plan("rope_qk", "q", q, gufunc, table, axis, positions, "out[0]", q_out),
-        plan("rope_qk", "k", k, gufunc, table, axis, positions, "out[1]", k_out),
-    ]
-    if share_memory(q_out, k_out):
-        rule = "hold two arrays that do not overlap"
-        raise ValueError(must("rope_qk", "out", rule, "overlapping arrays"))
-    # The first result must not change what the second reads; and what may fail, for
-    # want of memory, comes before anything is written.
-    plans[1] = plans[1].apart_from(q_out)
-    first, second = (each.with_result() for each in plans)
-    return first.run(), second.run()
+    if inverse is False and (positions is None or type(positions) is not int):
+        rows = positions
+        if offset is not None or cu_seqlens is not None:
+            rows = rows_for((q, k), axis, positions, offset, cu_seqlens)
+        result = rope_qk_arrays(
+            q, k, cos, sin, layout, axis, rows, adjoint, out, rounding, rotary_start
+        )
+        if result is not NotImplemented:
+            return result
+    call = Call("rope_qk", layout, axis, positions, offset, cu_seqlens, rotary_start,
+                inverse, adjoint, rounding)  # fmt: skip
+    outs = pair("rope_qk", out)
+    return tuple(call.rotate({"q": q, "k": k}, {"cos": cos, "sin": sin}, outs))
 
 
 def rope_complex(
-    x, cis, *, axis=-2, positions=None, inverse=False, adjoint=False, out=None
+    x,
+    cis,
+    *,
+    axis=-2,
+    positions=None,
+    offset=None,
+    cu_seqlens=None,
+    rotary_start=0,
+    inverse=False,
+    adjoint=False,
+    rounding="once",
+    out=None,
 ):
     """
     Rotate consecutive channel pairs by complex multiplication.
@@ -215,17 +266,20 @@ def rope_complex(
 
     Parameters
     ----------
-    x : array_like, shape (..., head_dim)
-        Queries or keys, real, float32 or float64.
-    cis : array_like of complex, shape (T, M), (B, T, M) or as many axes as x
-        ``cos + 1j * sin`` of the angles, ``2 * M <= head_dim``, from `rope_cis`.
-    axis, positions, inverse, adjoint, out : optional
+    x : array_like or torch.Tensor, shape (..., head_dim)
+        Queries or keys, real, as x of `rope`.
+    cis : array_like or torch.Tensor, shape (T, M), (B, T, M) or axes as x
+        ``cos + 1j * sin`` of the angles, complex, ``2 * M <= head_dim``, from
+        `rope_cis`.
+    axis, positions, offset, cu_seqlens, rotary_start : optional
+        As in `rope`.
+    inverse, adjoint, rounding, out : optional
         As in `rope`.
 
     Returns
     -------
-    ndarray, shape (..., head_dim)
-        The rotated x, real; dtype and memory order as in `rope`.
+    ndarray or torch.Tensor, shape (..., head_dim)
+        The rotated x, real; kind, dtype and memory order as in `rope`.
 
     Raises
     ------
@@ -247,16 +301,18 @@ def rope_complex(
     >>> posenc.rope_complex([[1.0, 0.0]], [[1j]])
     array([[0., 1.]])
     """
-    if inverse is not False:
-        cis = inverse_complex("rope_complex", cis, inverse, adjoint)
-    result = _core.rope_complex_arrays(x, cis, axis, positions, adjoint, out)
-    if result is not NotImplemented:
-        return result
-    table = complex_table("rope_complex", cis, positions, adjoint)
-    gufunc = _core.rope_complex
-    return plan(
-        "rope_complex", "x", x, gufunc, table, axis, positions, "out", out
-    ).run()
+    if inverse is False and (positions is None or type(positions) is not int):
+        rows = positions
+        if offset is not None or cu_seqlens is not None:
+            rows = rows_for((x,), axis, positions, offset, cu_seqlens)
+        result = rope_complex_arrays(
+            x, cis, axis, rows, adjoint, out, rounding, rotary_start
+        )
+        if result is not NotImplemented:
+            return result
+    call = Call("rope_complex", "interleaved", axis, positions, offset, cu_seqlens,
+                rotary_start, inverse, adjoint, rounding)  # fmt: skip
+    return call.rotate({"x": x}, {"cis": cis}, [out])[0]
 
 
 def rope_table(
@@ -276,9 +332,9 @@ def rope_table(
 
     Parameters
     ----------
-    positions : array_like, shape (...)
+    positions : array_like or torch.Tensor, shape (...)
         Token positions: whole or fractional, of either sign.
-    inv_freq : array_like, shape (M,)
+    inv_freq : array_like or torch.Tensor, shape (M,)
         Radians per token of each pair, from `rope_inv_freq`.
     attention_factor : float, default 1.0
         Multiplies cosines and sines.
@@ -288,14 +344,14 @@ def rope_table(
         the factor to float32, as transformers does: what a checkpoint was trained
         with, wrong by several 1e-3 near position 131072.
     dtype : dtype, default float32
-        Either float32 or float64.
-    out : pair of ndarray, shape (..., M), optional
-        Where cosines and sines go, of that dtype.
+        Either float32 or float64, of NumPy or torch.
+    out : pair of ndarray or torch.Tensor, shape (..., M), optional
+        Where cosines and sines go, of that dtype and of the kind of `positions`.
 
     Returns
     -------
-    cos, sin : ndarray, shape (..., M)
-        The table; `out` if it was given.
+    cos, sin : ndarray or torch.Tensor, shape (..., M)
+        The table; `out` if it was given. Tensors if `positions` is one.
 
     Raises
     ------
@@ -330,17 +386,20 @@ def rope_table(
     array([1.        , 0.5403023 , 0.93675214], dtype=float32)
     """
     dtype = real_dtype("rope_table", dtype)
+    tensor = tensors.is_tensor(positions)
     positions = real_array("rope_table", "positions", positions)
     inv_freq = real_array("rope_table", "inv_freq", inv_freq)
-    cos_out, sin_out = pair("rope_table", out)
-    shape = positions.shape + inv_freq.shape
-    cos = table_result("rope_table", "out[0]", cos_out, shape, dtype)
-    sin = table_result("rope_table", "out[1]", sin_out, shape, dtype)
-    if share_memory(cos_out, sin_out):
+    shape, form = positions.shape + inv_freq.shape, (dtype, tensor)
+    outs = pair("rope_table", out)
+    (cos_answer, cos), (sin_answer, sin) = (
+        table_result("rope_table", f"out[{i}]", outs[i], shape, *form) for i in (0, 1)
+    )
+    if share_memory(cos, sin):
         rule = "hold two arrays that do not overlap"
         raise ValueError(must("rope_table", "out", rule, "overlapping arrays"))
     fill_table("rope_table", positions, inv_freq, attention_factor, angles, cos, sin)
-    return cos, sin
+    tensors.mark_changed(*outs)
+    return cos_answer, sin_answer
 
 
 def rope_cis(
@@ -357,21 +416,22 @@ def rope_cis(
 
     Parameters
     ----------
-    positions : array_like, shape (...)
+    positions : array_like or torch.Tensor, shape (...)
         Token positions: whole or fractional, of either sign.
-    inv_freq : array_like, shape (M,)
+    inv_freq : array_like or torch.Tensor, shape (M,)
         Radians per token of each pair, from `rope_inv_freq`.
     attention_factor, angles : optional
         As in `rope_table`.
     dtype : dtype, default complex64
-        Either complex64 or complex128.
-    out : ndarray, shape (..., M), optional
-        Where the table goes, of that dtype.
+        Either complex64 or complex128, of NumPy or torch.
+    out : ndarray or torch.Tensor, shape (..., M), optional
+        Where the table goes, of that dtype and of the kind of `positions`.
 
     Returns
     -------
-    ndarray, shape (..., M)
-        ``cos + 1j * sin``, both as exact as in `rope_table`; `out` if given.
+    ndarray or torch.Tensor, shape (..., M)
+        ``cos + 1j * sin``, both as exact as in `rope_table`; `out` if given. A
+        tensor if `positions` is one.
 
     Raises
     ------
@@ -394,17 +454,19 @@ def rope_cis(
     (2, 1)
     """
     with contextlib.suppress(TypeError):
-        dtype = np.dtype(dtype)
+        dtype = np.dtype(tensors.numpy_dtype(dtype))
     if dtype not in COMPLEX.values():
         rule = "be complex64 or complex128"
         raise TypeError(must("rope_cis", "dtype", rule, repr(dtype)))
+    tensor = tensors.is_tensor(positions)
     positions = real_array("rope_cis", "positions", positions)
     inv_freq = real_array("rope_cis", "inv_freq", inv_freq)
     shape = positions.shape + inv_freq.shape
-    cis = table_result("rope_cis", "out", out, shape, dtype)
+    answer, cis = table_result("rope_cis", "out", out, shape, dtype, tensor)
     cos, sin = cis.view(np.ndarray).real, cis.view(np.ndarray).imag
     fill_table("rope_cis", positions, inv_freq, attention_factor, angles, cos, sin)
-    return cis
+    tensors.mark_changed(out)
+    return answer
 
 
 def rope_matrix(position, inv_freq, *, layout="half"):
@@ -413,17 +475,18 @@ def rope_matrix(position, inv_freq, *, layout="half"):
 
     Parameters
     ----------
-    position : array_like, shape (...)
+    position : array_like or torch.Tensor, shape (...)
         Token positions.
-    inv_freq : array_like, shape (M,)
+    inv_freq : array_like or torch.Tensor, shape (M,)
         Radians per token of each pair.
     layout : {'half', 'interleaved'}, default 'half'
         How channels are paired, as in `rope`.
 
     Returns
     -------
-    ndarray, shape (..., 2 * M, 2 * M)
-        R in float64, with ``R @ x == rope(x, cos, sin)`` for a column x.
+    ndarray or torch.Tensor, shape (..., 2 * M, 2 * M)
+        R in float64, with ``R @ x == rope(x, cos, sin)`` for a column x; a tensor
+        if `position` is one.
 
     Raises
     ------
@@ -446,7 +509,8 @@ def rope_matrix(position, inv_freq, *, layout="half"):
     array([[ 0.54 , -0.841],
            [ 0.841,  0.54 ]])
     """
-    one_of("rope_matrix", "layout", layout, _LAYOUTS)
+    one_of("rope_matrix", "layout", layout, LAYOUTS)
+    tensor = tensors.is_tensor(position)
     position = real_array("rope_matrix", "position", position)
     inv_freq = real_array("rope_matrix", "inv_freq", inv_freq)
     cos = np.empty(position.shape + inv_freq.shape)
@@ -460,7 +524,7 @@ def rope_matrix(position, inv_freq, *, layout="half"):
     matrix = np.zeros((*position.shape, 2 * n_pair, 2 * n_pair))
     matrix[..., first, first] = matrix[..., second, second] = cos
     matrix[..., first, second], matrix[..., second, first] = -sin, sin
-    return matrix
+    return tensors.from_numpy(matrix) if tensor else matrix
 
 
 def permute_layout(w, head_dim, *, to, axis=0, rotary_dim=None):
@@ -472,9 +536,9 @@ def permute_layout(w, head_dim, *, to, axis=0, rotary_dim=None):
 
     Parameters
     ----------
-    w : array_like
+    w : array_like or torch.Tensor
         Rows of a projection weight, (n_head * head_dim, hidden), or its bias, or
-        activations with ``axis=-1``. Any dtype.
+        activations with ``axis=-1``. Any dtype; a tensor also on any device.
     head_dim : int
         Channels per head; divides the size along `axis`.
     to : {'half', 'interleaved'}
@@ -487,7 +551,7 @@ def permute_layout(w, head_dim, *, to, axis=0, rotary_dim=None):
 
     Returns
     -------
-    ndarray
+    ndarray or torch.Tensor
         A permuted copy of w.
 
     Raises
@@ -513,8 +577,8 @@ def permute_layout(w, head_dim, *, to, axis=0, rotary_dim=None):
     array([0, 2, 4, 1, 3, 5])
     """
     here = "permute_layout"
-    one_of(here, "to", to, _LAYOUTS)
-    w = as_array(here, "w", w)
+    one_of(here, "to", to, LAYOUTS)
+    w = w if tensors.is_tensor(w) else as_array(here, "w", w)
     head_dim = whole_number(here, "head_dim", head_dim, 2)
     if w.ndim == 0:
         raise ValueError(must(here, "w", "have at least one axis", "shape ()"))
@@ -531,9 +595,12 @@ def permute_layout(w, head_dim, *, to, axis=0, rotary_dim=None):
         raise ValueError(must(here, "axis", f"be less than {w.ndim}", axis))
     if w.shape[axis] % head_dim:
         rule = f"have a multiple of head_dim = {head_dim} channels along axis {axis}"
-        raise ValueError(must(here, "w", rule, f"shape {w.shape}"))
+        raise ValueError(must(here, "w", rule, f"shape {tuple(w.shape)}"))
     pairs = np.arange(rotary_dim).reshape(-1, 2).T  # half reads these channels
     order = pairs.ravel() if to == "half" else np.argsort(pairs.ravel())
     head = np.concatenate([order, np.arange(rotary_dim, head_dim)])
     starts = np.arange(0, w.shape[axis], head_dim)
-    return np.take(w, (starts[:, None] + head).ravel(), axis=axis)
+    index = (starts[:, None] + head).ravel()
+    if tensors.is_tensor(w):
+        return tensors.take(w, index, axis)
+    return np.take(w, index, axis=axis)

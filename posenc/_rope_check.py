@@ -1,11 +1,19 @@
-"""What the functions of RoPE check, and their way through the gufuncs."""
+"""What the functions of RoPE check, and their general way to a result.
+
+The fast functions of `_core` take plain arrays and tensors of one type and decline
+everything else. Here each call is checked and brought to that form; what they decline
+even then (overlap, odd memory, subclasses, dask) goes through the gufuncs.
+"""
 
 # SPDX-License-Identifier: BSD-3-Clause
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from . import _core
+from . import _tensors as tensors
 from ._check import (
     as_array,
     must,
@@ -15,164 +23,99 @@ from ._check import (
     true_or_false,
     whole_number,
 )
+from ._rope_rows import choose_rows, sequence_axis
 
 ANGLES = ("exact", "float32")
+LAYOUTS = {"half": _core.rope_half, "interleaved": _core.rope_interleaved}
+ROUNDINGS = ("once", "eager")
 COMPLEX = {np.dtype(np.float32): np.complex64, np.dtype(np.float64): np.complex128}
+REAL_RULE = "be float16, bfloat16, float32 or float64"
+_DOORS = {
+    "rope": _core.rope_arrays,
+    "rope_qk": _core.rope_qk_arrays,
+    "rope_complex": _core.rope_complex_arrays,
+}
 
 
-class Plan(NamedTuple):
-    """A checked call of a gufunc, which is not to fail any more."""
+@dataclass(frozen=True)
+class Call:
+    """A call of one of the rotations, with the options that all share."""
 
-    gufunc: np.ufunc
-    x: np.ndarray
-    table: list
-    out: np.ndarray | None
+    function: str
+    layout: str
+    axis: int
+    positions: object
+    offset: object
+    cu_seqlens: object
+    rotary_start: int
+    inverse: bool
+    adjoint: bool
+    rounding: str
 
-    def run(self):
-        """Return the rotated x."""
-        if self.out is None:
-            return self.gufunc(self.x, *self.table)
-        return self.gufunc(self.x, *self.table, out=self.out)
+    def rotate(self, operands, table, outs):
+        """Return the results for operands and tables given by name."""
+        with np.errstate(all="ignore"):
+            return self._rotate(operands, table, outs)
 
-    def with_result(self):
-        """Return the plan with its result allocated, if that is ours to do."""
-        if self.out is None and type(self.x) is np.ndarray:
-            return self._replace(out=np.empty_like(self.x))
-        return self
-
-    def apart_from(self, written):
-        """Return the plan with copies of what shares memory with `written`."""
-        x = self.x.copy() if share_memory(self.x, written) else self.x
-        table = [t.copy() if share_memory(t, written) else t for t in self.table]
-        return self._replace(x=x, table=table)
-
-
-def plan(function, x_name, x, gufunc, table, axis, positions, out_name, out):
-    """Check one rotation and bring its operands to one dtype and rank."""
-    x = as_array(function, x_name, x)
-    _real_kind(function, x_name, x.dtype)
-    if x.ndim == 0:
-        raise ValueError(must(function, x_name, "have at least one axis", "shape ()"))
-    name, first = next(iter(table.items()))
-    if 2 * first.shape[-1] > x.shape[-1]:
-        most = x.shape[-1] // 2
-        rule = f"hold at most head_dim // 2 = {most} angles, each of them once"
-        raise ValueError(must(function, name, rule, first.shape[-1]))
-    dtype = _common(x.dtype, *(t.real.dtype for t in table.values()))
-    if out is not None:
-        for operand_name, operand in {x_name: x, **table}.items():
-            if not isinstance(operand, np.ndarray):
-                rule = f"be None for {operand_name} of type {type(operand).__name__}"
-                raise TypeError(must(function, out_name, rule, type(out).__name__))
-        out_array(function, out, x.shape, dtype, out_name)
-    kinds = {"cis": COMPLEX[dtype]}
-    operands = []
-    for name, part in table.items():
-        shape = _rows_like(function, name, part.shape, x_name, x.shape, axis, positions)
-        part = part.astype(kinds.get(name, dtype), copy=False)
-        operands.append(part.reshape(shape))
-    return Plan(gufunc, x.astype(dtype, copy=False), operands, out)
+    def _rotate(self, operands, table, outs):
+        one_of(self.function, "layout", self.layout, LAYOUTS)
+        one_of(self.function, "rounding", self.rounding, ROUNDINGS)
+        true_or_false(self.function, "inverse", self.inverse)
+        true_or_false(self.function, "adjoint", self.adjoint)
+        if self.inverse and self.adjoint:
+            rule = "not be set together with adjoint"
+            raise ValueError(must(self.function, "inverse", rule, True))
+        places = (("out", outs[0]),)
+        if len(outs) == 2:
+            places = ("out[0]", outs[0]), ("out[1]", outs[1])
+        checked = [
+            Operand(name, x, _real_array(self.function, name, x), *place)
+            for (name, x), place in zip(operands.items(), places, strict=True)
+        ]
+        table = _checked_table(self.function, table, self.inverse)
+        plans = [_plan(self, operand, table) for operand in checked]
+        if len(plans) == 2 and share_memory(plans[0].out, plans[1].out):
+            rule = "hold two arrays that do not overlap"
+            raise ValueError(must(self.function, "out", rule, "overlapping arrays"))
+        tensors.mark_changed(*outs)
+        return _run(self, plans)
 
 
-def _rows_like(function, name, table, x_name, x, axis, positions):
-    """Return the shape that gives a table as many axes as x, from both shapes."""
-    n_axis = len(x)
-    axis = whole_number(function, "axis", axis, min(-n_axis, -2))
-    named = (*range(n_axis - 1), *range(-n_axis, -1)) if n_axis > 1 else (-2,)
-    if axis not in named:
-        rule = f"name an axis of {x_name} but its last"
-        raise ValueError(must(function, "axis", rule, axis))
-    axis %= n_axis
-    shape = list(table)
-    is_short = 1 < len(table) < 4 and len(table) != n_axis
-    if n_axis > 1 and is_short and len(table) - 2 <= axis:
-        shape = [1] * n_axis
-        shape[0] = table[0] if len(table) == 3 else 1
-        shape[-1] = table[-1]
-        shape[axis] = table[-2] if table[-2] == x[axis] else None
-    pairs = zip(shape[:-1], x[:-1], strict=False)
-    if len(shape) != n_axis or any(rows not in (1, size) for rows, size in pairs):
-        forms, shown = "(T, M) or (B, T, M)", table
-        if positions is not None:
-            name, forms, shown = "positions", "(T,) or (B, T)", table[:-1]
-        rule = (
-            f"be of shape {forms}, or broadcast, for {x_name} of shape {x} "
-            f"with T along axis {axis}"
-        )
-        raise ValueError(must(function, name, rule, f"shape {shown}"))
-    return shape
+# --- the table -----------------------------------------------------------------------
 
 
-def planar_table(function, cos, sin, positions, adjoint):
-    """Check cosines and sines; return them by name, gathered by positions."""
-    true_or_false(function, "adjoint", adjoint)
-    cos, sin, dtype = _cosines_sines(function, cos, sin)
-    if adjoint:
-        sin = -sin.astype(dtype, copy=False)
-    return _gather(function, ("cos", "sin"), [cos, sin], positions)
+def _checked_table(function, table, inverse):
+    """Return the parts of a table as arrays, those of its inverse if so asked."""
+    if "cis" in table:
+        cis = as_array(function, "cis", table["cis"])
+        if cis.dtype not in (np.complex64, np.complex128):
+            rule = "be complex64 or complex128"
+            raise TypeError(must(function, "cis", rule, f"dtype {cis.dtype}"))
+        parts = {"cis": _inverse_complex(cis) if inverse else cis}
+    else:
+        parts = {name: as_array(function, name, part) for name, part in table.items()}
+        for name, part in parts.items():
+            _real_kind(function, name, part.dtype)
+        cos, sin = parts["cos"], parts["sin"]
+        if cos.shape != sin.shape:
+            rule = f"have the shape of cos, {cos.shape}"
+            raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
+        if inverse:
+            parts = dict(zip(parts, inverse_table(cos, sin), strict=True))
+    name, first = next(iter(parts.items()))
+    if first.ndim == 0:
+        raise ValueError(must(function, name, "have at least one axis", "shape ()"))
+    return parts
 
 
-def complex_table(function, cis, positions, adjoint):
-    """Check a complex table; return it by name, gathered by positions."""
-    true_or_false(function, "adjoint", adjoint)
-    cis = _complexes(function, cis)
-    return _gather(function, ("cis",), [np.conj(cis) if adjoint else cis], positions)
+def inverse_table(cos, sin):
+    """Return the table whose rotations undo those of (cos, sin).
 
-
-def _gather(function, names, parts, positions):
-    """Return the parts of a table by name, with the rows that positions choose."""
-    if parts[0].ndim == 0:
-        raise ValueError(must(function, names[0], "have at least one axis", "shape ()"))
-    if positions is not None:
-        positions = _row_numbers(function, names[0], parts[0], positions)
-        parts = [part[positions] for part in parts]
-    return dict(zip(names, parts, strict=True))
-
-
-def _row_numbers(function, name, table, positions):
-    """Check the row numbers that are to be gathered from a table."""
-    if table.ndim != 2:
-        rule = "have shape (P, M) when positions are given"
-        raise ValueError(must(function, name, rule, f"shape {table.shape}"))
-    positions = as_array(function, "positions", positions)
-    if positions.dtype.kind not in "iu":
-        got = f"dtype {positions.dtype}"
-        raise TypeError(must(function, "positions", "be whole numbers", got))
-    positions = np.asarray(positions)
-    outside = (positions < 0) | (positions >= table.shape[0])
-    if outside.any():
-        index = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(outside)))
-        rule = f"lie in [0, {table.shape[0]}), the rows of {name}"
-        got = f"{np.atleast_1d(positions)[index]} at index {index}"
-        raise ValueError(must(function, "positions", rule, got))
-    return positions
-
-
-def _real_kind(function, parameter, dtype):
-    """Raise unless numbers of this dtype can be rotated."""
-    if dtype.kind in "biu" or (dtype.kind == "f" and dtype.itemsize in (4, 8)):
-        return
-    rule = "be float32 or float64"
-    raise TypeError(must(function, parameter, rule, f"dtype {dtype}"))
-
-
-def _common(*dtypes):
-    """Return the dtype to compute in; whole numbers count as float64."""
-    return np.result_type(*(d if d.kind == "f" else np.float64 for d in dtypes))
-
-
-def inverse_table(function, cos, sin, inverse, adjoint):
-    """Return the table whose rotations undo those of (cos, sin), if so asked."""
-    true_or_false(function, "inverse", inverse)
-    true_or_false(function, "adjoint", adjoint)
-    if not inverse:
-        return cos, sin
-    if adjoint:
-        rule = "not be set together with adjoint"
-        raise ValueError(must(function, "inverse", rule, True))
-    cos, sin, dtype = _cosines_sines(function, cos, sin)
-    cos, sin = cos.astype(np.float64), sin.astype(np.float64)
+    It is rounded to the dtype of the table, but to no less than float32.
+    """
+    dtype = _widest(cos.dtype, sin.dtype, np.dtype(np.float32))
     with np.errstate(all="ignore"):
+        cos, sin = cos.astype(np.float64), sin.astype(np.float64)
         # By a power of two first, which costs no bit: squares of tables with a
         # large or small attention factor would leave the range of float64.
         _, exponent = np.frexp(np.maximum(np.abs(cos), np.abs(sin)))
@@ -182,34 +125,269 @@ def inverse_table(function, cos, sin, inverse, adjoint):
         return parts[0].astype(dtype), parts[1].astype(dtype)
 
 
-def inverse_complex(function, cis, inverse, adjoint):
-    """Return the complex table whose products undo those of cis, if so asked."""
-    cis = _complexes(function, cis)
+def _inverse_complex(cis):
+    """Return the complex table whose products undo those of cis."""
     inverted = np.empty_like(cis)
-    parts = inverse_table(function, cis.real, cis.imag, inverse, adjoint)
-    inverted.real, inverted.imag = parts
+    inverted.real, inverted.imag = inverse_table(cis.real, cis.imag)
     return inverted
 
 
-def _cosines_sines(function, cos, sin):
-    """Check the two halves of a table; return them and their common dtype."""
-    cos = as_array(function, "cos", cos)
-    sin = as_array(function, "sin", sin)
-    for name, part in (("cos", cos), ("sin", sin)):
-        _real_kind(function, name, part.dtype)
-    if cos.shape != sin.shape:
-        rule = f"have the shape of cos, {cos.shape}"
-        raise ValueError(must(function, "sin", rule, f"shape {sin.shape}"))
-    return cos, sin, _common(cos.dtype, sin.dtype)
+# --- one operand ---------------------------------------------------------------------
 
 
-def _complexes(function, cis):
-    """Check a complex table."""
-    cis = as_array(function, "cis", cis)
-    if cis.dtype not in (np.complex64, np.complex128):
-        rule = "be complex64 or complex128"
-        raise TypeError(must(function, "cis", rule, f"dtype {cis.dtype}"))
-    return cis
+class Operand(NamedTuple):
+    """What is to be rotated, and where the result is to go."""
+
+    name: str
+    given: object  # by the user
+    x: np.ndarray
+    out_name: str
+    out: object
+
+
+def _real_array(function, name, x):
+    """Return what is to be rotated as an array."""
+    x = as_array(function, name, x)
+    _real_kind(function, name, x.dtype)
+    if x.ndim == 0:
+        raise ValueError(must(function, name, "have at least one axis", "shape ()"))
+    return x
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked rotation, which is not to fail any more."""
+
+    x: np.ndarray
+    table: list  # in the dtype to compute with
+    rows: np.ndarray | None  # what to gather from the table
+    shape: tuple  # gives the gathered table as many axes as x
+    start: int
+    out: np.ndarray | None
+    answer: object  # what the user gets; None: the array that was computed
+
+    def table_key(self):
+        """Return what two rotations must have in common to share a table."""
+        rows = None if self.rows is None else self.rows.shape
+        return self.start, rows, self.table[0].dtype, self.table[0].shape
+
+    def apart_from(self, written):
+        """Return the plan with copies of what shares memory with `written`."""
+        x, rows, *table = (
+            part.copy() if share_memory(part, written) else part
+            for part in (self.x, self.rows, *self.table)
+        )
+        return replace(self, x=x, table=table, rows=rows)
+
+    def with_result(self):
+        """Return the plan with its result allocated, if that is ours to do."""
+        if self.out is None and isinstance(self.x, np.ndarray):
+            return replace(self, out=np.empty_like(self.x))
+        return self
+
+    def run(self, rotation, adjoint):
+        """Return the rotated x by way of a function on whole arrays."""
+        parts = [part if self.rows is None else part[self.rows] for part in self.table]
+        if adjoint:
+            parts[-1] = np.conj(parts[-1]) if len(parts) == 1 else -parts[-1]
+        parts = [part.reshape(self.shape) for part in parts]
+        x, start, out = self.x, self.start, self.out
+        if out is None:  # no ndarray
+            result = rotation(x[..., start:], *parts)
+            return np.concatenate([x[..., :start], result], -1) if start else result
+        if start and share_memory(x, out):
+            x = x.copy()
+        rotation(x[..., start:], *parts, out=out[..., start:])
+        out[..., :start] = x[..., :start]
+        return out
+
+
+def _plan(call, operand, table):
+    """Check one rotation and bring its operands to the dtype to compute in."""
+    name, given, x, out_name, out = operand
+    table, rows = choose_rows(call, name, x, table)
+    table_name, first = next(iter(table.items()))  # the parts have one shape
+    start = _first_channel(call, table_name, first.shape[-1], name, x.shape[-1])
+    dtype, kind = _dtypes(x.dtype, *(part.real.dtype for part in table.values()))
+    answer, is_tensor = out, tensors.is_tensor(given)
+    if out is not None:
+        _only_arrays(call.function, out_name, out, {name: x, **table})
+        out = out_array(call.function, out, x.shape, dtype, out_name, is_tensor)
+    shape = _rows_like(call, table_name, first.shape, rows, name, x.shape)
+    kinds = {"cis": COMPLEX.get(kind)}
+    table = [part.astype(kinds.get(n, kind), copy=False) for n, part in table.items()]
+    x = x.astype(dtype, copy=False)
+    if out is None and is_tensor:
+        answer = tensors.empty_like(given, dtype)
+        out = tensors.as_numpy(answer)
+    numbers = None if rows is None else rows.numbers
+    return Plan(x, table, numbers, shape, start, out, answer)
+
+
+def _only_arrays(function, out_name, out, operands):
+    """Raise if the result of another library's arrays is to go to an array."""
+    for name, operand in operands.items():
+        if not isinstance(operand, np.ndarray):
+            rule = f"be None for {name} of type {type(operand).__name__}"
+            raise TypeError(must(function, out_name, rule, type(out).__name__))
+
+
+def _first_channel(call, name, n_pair, x_name, head_dim):
+    """Return the number of the first rotated channel."""
+    if 2 * n_pair > head_dim:
+        rule = f"hold at most head_dim // 2 = {head_dim // 2} angles, each of them once"
+        raise ValueError(must(call.function, name, rule, n_pair))
+    here = (call.function, "rotary_start")
+    start = whole_number(*here, call.rotary_start, -head_dim)
+    first = start + head_dim if start < 0 else start
+    if first + 2 * n_pair > head_dim:
+        rule = f"leave 2 * M = {2 * n_pair} of the {head_dim} channels of {x_name}"
+        raise ValueError(must(*here, rule, start))
+    return first
+
+
+def _rows_like(call, name, table, rows, x_name, x):
+    """Return the shape that gives a table, once gathered, as many axes as x."""
+    n_axis, axis = len(x), sequence_axis(call.function, x_name, len(x), call.axis)
+    if rows is not None:
+        table = (*rows.numbers.shape, table[-1])
+    shape = list(table)
+    is_short = 1 < len(table) < 4 and len(table) != n_axis
+    if n_axis > 1 and is_short and len(table) - 2 <= axis:
+        shape = [1] * n_axis
+        shape[0] = table[0] if len(table) == 3 else 1
+        shape[-1] = table[-1]
+        shape[axis] = table[-2] if table[-2] == x[axis] else None
+    pairs = zip(shape[:-1], x[:-1], strict=False)
+    if len(shape) != n_axis or any(size not in (1, n) for size, n in pairs):
+        forms, shown = "(T, M) or (B, T, M)", table
+        if rows is not None:
+            name, forms, shown = rows.name, rows.forms, rows.shape
+        rule = (
+            f"be of shape {forms}, or broadcast, for {x_name} of shape {x} "
+            f"with T along axis {axis}"
+        )
+        raise ValueError(must(call.function, name, rule, f"shape {shown}"))
+    return tuple(shape)
+
+
+# --- dtypes --------------------------------------------------------------------------
+
+
+def _real_kind(function, parameter, dtype):
+    """Raise unless numbers of this dtype can be rotated."""
+    is_float = dtype.kind == "f" and dtype.itemsize in (2, 4, 8)
+    if dtype.kind not in "biu" and not is_float and dtype != bfloat16:
+        raise TypeError(must(function, parameter, REAL_RULE, f"dtype {dtype}"))
+
+
+def _widest(*dtypes):
+    """Return the widest; whole numbers count as float64, two of 16 bits as float32."""
+    floats = {np.dtype(np.float64) if d.kind in "biu" else d.newbyteorder("=")
+              for d in dtypes}  # fmt: skip
+    if len(floats) == 1:
+        return floats.pop()
+    return np.dtype(np.float64 if np.dtype(np.float64) in floats else np.float32)
+
+
+def _dtypes(x, *table):
+    """Return the dtype of the result, and that of the table to compute it with."""
+    kind = _widest(*table)
+    if x.itemsize == 2 and x.kind not in "biu" and kind != np.float64:
+        x = x.newbyteorder("=")
+        return x, kind if kind == x else np.dtype(np.float32)
+    dtype = _widest(x, kind, np.dtype(np.float32))
+    return dtype, dtype
+
+
+# --- the ways to a result ------------------------------------------------------------
+
+
+def _run(call, plans):
+    """Return the results of one plan or two, by the fast door if it takes them now."""
+    results = _by_fast_door(call, plans)
+    if results is NotImplemented:
+        results = _by_gufunc(call, plans)
+    return [
+        result if plan.answer is None else plan.answer
+        for plan, result in zip(plans, results, strict=True)
+    ]
+
+
+def _by_fast_door(call, plans):
+    """Ask the fast door once more, now that everything has its canonical form."""
+    first = plans[0]
+    if any(plan.table_key() != first.table_key() for plan in plans):
+        return NotImplemented
+    layout = () if call.function == "rope_complex" else (call.layout,)
+    outs = tuple(plan.out for plan in plans)
+    result = _DOORS[call.function](
+        *(plan.x for plan in plans),
+        *first.table,
+        *layout,
+        int(call.axis),
+        first.rows,
+        bool(call.adjoint),
+        outs[0] if len(outs) == 1 else outs,
+        call.rounding,
+        first.start,
+    )
+    return (result,) if len(outs) == 1 and result is not NotImplemented else result
+
+
+def _by_gufunc(call, plans):
+    """Rotate by way of the gufuncs, which handle any memory and any kind of array."""
+    if len(plans) == 2:  # the first result must not change what the second reads
+        plans = [plans[0], plans[1].apart_from(plans[0].out)]
+    # What may fail, for want of memory, comes before anything is written.
+    plans = [plan.with_result() for plan in plans]
+    rotations = [_rotation(call, plan.x.dtype) for plan in plans]
+    return [
+        plan.run(rotation, call.adjoint)
+        for plan, rotation in zip(plans, rotations, strict=True)
+    ]
+
+
+def _rotation(call, dtype):
+    """Return the function of whole arrays that a call asks for."""
+    if call.rounding == "eager" and dtype.itemsize == 2:
+
+        def rotation(x, *table, out=None):
+            result = _rotate_as_eager(call.layout, x, *table)
+            if out is None:
+                return result
+            out[...] = result
+            return out
+
+        return rotation
+    if call.function == "rope_complex":
+        return _core.rope_complex
+    return LAYOUTS[call.layout]
+
+
+def _rotate_as_eager(layout, x, cos, sin=None):
+    """Rotate 16-bit data with a rounding after each product and after the sum."""
+    if sin is None:
+        cos, sin = cos.real, cos.imag
+    n_pair, dtype, wide = cos.shape[-1], x.dtype, np.float32
+    ends = slice(n_pair), slice(n_pair, 2 * n_pair)
+    if layout == "interleaved":
+        ends = slice(0, 2 * n_pair, 2), slice(1, 2 * n_pair, 2)
+    a, b = (x[..., end].astype(wide) for end in ends)
+    cos, sin = cos.astype(wide), sin.astype(wide)
+    products = [
+        (left * right).astype(dtype).astype(wide)
+        for left, right in ((a, cos), (b, sin), (b, cos), (a, sin))
+    ]
+    turned = [
+        (products[0] - products[1]).astype(dtype),
+        (products[2] + products[3]).astype(dtype),
+    ]
+    for channels in turned:
+        channels[np.isnan(channels)] = np.nan  # of all NaN the one
+    if layout == "interleaved":
+        turned = [np.stack(turned, axis=-1).reshape((*x.shape[:-1], 2 * n_pair))]
+    return np.concatenate([*turned, x[..., 2 * n_pair :]], axis=-1)
 
 
 def pair(function, out):
@@ -230,12 +408,18 @@ def share_memory(a, b):
     return np.shares_memory(a, b)
 
 
-def table_result(function, parameter, out, shape, dtype):
-    """Return a new array for a table, or `out` after checking it."""
-    if out is None:
-        return np.empty(shape, dtype)
-    out_array(function, out, shape, dtype, parameter)
-    return out
+# --- tables --------------------------------------------------------------------------
+
+
+def table_result(function, parameter, out, shape, dtype, tensor):
+    """Return what the user gets, new or `out`, and the array of its memory."""
+    if out is not None:
+        return out, out_array(function, out, shape, dtype, parameter, tensor)
+    if tensor:
+        out = tensors.empty(shape, dtype)
+        return out, tensors.as_numpy(out)
+    out = np.empty(shape, dtype)
+    return out, out
 
 
 def fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin):

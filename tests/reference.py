@@ -25,36 +25,63 @@ def one_nan(array):
     return np.where(np.isnan(array), array.dtype.type(np.nan), array)
 
 
-def half(x, cos, sin):
-    """Rotate (x_i, x_{i+m}); every product and every sum is rounded by itself."""
-    n_pair = cos.shape[-1]
-    first, second = x[..., :n_pair], x[..., n_pair : 2 * n_pair]
+def is_16_bit(dtype):
+    """Whether numbers of this dtype are computed in float32 and rounded."""
+    return np.dtype(dtype).itemsize == 2
+
+
+def turn(first, second, cos, sin, rounding):
+    """Rotate pairs (first, second); every product and every sum is rounded by itself.
+
+    16-bit numbers are computed in float32 and rounded to their type, either once
+    ('once') or after each product and after the sum ('eager').
+    """
+    dtype, parts = first.dtype, [first, second, cos, sin]
+    is_narrow = is_16_bit(dtype)
+    if is_narrow:
+        parts = [part.astype(np.float32) for part in parts]
+
+    def product(left, right):
+        result = left * right
+        if is_narrow and rounding == "eager":
+            result = result.astype(dtype).astype(np.float32)
+        return result
+
+    first, second, cos, sin = parts
     with np.errstate(all="ignore"):
-        a = one_nan(first * cos - second * sin)
-        b = one_nan(second * cos + first * sin)
-    tail = np.broadcast_to(
-        x[..., 2 * n_pair :], (*a.shape[:-1], x.shape[-1] - 2 * n_pair)
-    )
-    return np.concatenate([a, b, tail], axis=-1)
+        a = product(first, cos) - product(second, sin)
+        b = product(second, cos) + product(first, sin)
+        if is_narrow:
+            a, b = a.astype(dtype), b.astype(dtype)
+    return one_nan(a), one_nan(b)
 
 
-def interleaved(x, cos, sin):
-    """Rotate (x_{2i}, x_{2i+1}); every product and every sum is rounded by itself."""
+def half(x, cos, sin, rounding="once"):
+    """Rotate (x_i, x_{i+m})."""
+    n_pair = cos.shape[-1]
+    a, b = turn(x[..., :n_pair], x[..., n_pair : 2 * n_pair], cos, sin, rounding)
+    return np.concatenate([a, b, rest(x, a)], axis=-1)
+
+
+def interleaved(x, cos, sin, rounding="once"):
+    """Rotate (x_{2i}, x_{2i+1})."""
     n_pair = cos.shape[-1]
     even, odd = x[..., 0 : 2 * n_pair : 2], x[..., 1 : 2 * n_pair : 2]
-    with np.errstate(all="ignore"):
-        a = one_nan(even * cos - odd * sin)
-        b = one_nan(odd * cos + even * sin)
+    a, b = turn(even, odd, cos, sin, rounding)
     pairs = np.stack([a, b], axis=-1).reshape((*a.shape[:-1], 2 * n_pair))
-    tail = np.broadcast_to(
-        x[..., 2 * n_pair :], (*a.shape[:-1], x.shape[-1] - 2 * n_pair)
-    )
-    return np.concatenate([pairs, tail], axis=-1)
+    return np.concatenate([pairs, rest(x, a)], axis=-1)
 
 
-def complex_product(x, cis):
+def rest(x, rotated):
+    """The channels past the pairs, broadcast as those were."""
+    n_rest = x.shape[-1] - 2 * rotated.shape[-1]
+    tail = x[..., x.shape[-1] - n_rest :]
+    return np.broadcast_to(tail, (*rotated.shape[:-1], n_rest))
+
+
+def complex_product(x, cis, rounding="once"):
     """Multiply consecutive pairs, read as complex numbers, by a complex table."""
-    return interleaved(x, cis.real, cis.imag)
+    return interleaved(x, cis.real, cis.imag, rounding)
 
 
 ROTATE = {"half": half, "interleaved": interleaved}
@@ -72,12 +99,34 @@ def place_table(table, x_shape, axis):
     return table.reshape(shape)
 
 
-def rotate(x, cos, sin, layout="half", axis=-2, positions=None):
+def rotate(
+    x,
+    cos,
+    sin,
+    layout="half",
+    axis=-2,
+    positions=None,
+    rotary_start=0,
+    rounding="once",
+):
     """What `rope` computes, from the rotations above and NumPy's broadcasting."""
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
     cos, sin = (place_table(table, x.shape, axis) for table in (cos, sin))
-    return ROTATE[layout](x, cos, sin)
+    before, rotated = np.split(x, [rotary_start % max(x.shape[-1], 1)], axis=-1)
+    turned = ROTATE[layout](rotated, cos, sin, rounding)
+    return np.concatenate([before, turned], axis=-1)
+
+
+def packed_positions(cu_seqlens, offset=0):
+    """Row of each token of packed sequences, counted token by token."""
+    n_sequence = len(cu_seqlens) - 1
+    offsets = [offset] * n_sequence if np.ndim(offset) == 0 else offset
+    return [
+        offsets[i] + t
+        for i in range(n_sequence)
+        for t in range(cu_seqlens[i + 1] - cu_seqlens[i])
+    ]
 
 
 # --- angles --------------------------------------------------------------------------

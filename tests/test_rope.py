@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: BSD-3-Clause
 
+import itertools
 import math
 import subprocess
 import sys
@@ -334,6 +335,200 @@ def test_decode_rows_are_prefill_rows(layout):
         reference.same_bits(rope(x[here], *rows, layout=layout), prefill[here])
         by_position = rope(x[here], cos, sin, layout=layout, positions=[t])
         reference.same_bits(by_position, prefill[here])
+
+
+# --- offset and cu_seqlens -----------------------------------------------------------
+
+
+def same_as(x, tables, positions, **options):
+    """Assert that these options mean these positions, in all three functions."""
+    by_position = {
+        k: v for k, v in options.items() if k not in ("offset", "cu_seqlens")
+    }
+    by_position["positions"] = positions
+    k = x[..., ::-1].copy()
+    for layout in ("half", "interleaved"):
+        got = rope_qk(x, k, *tables, layout=layout, **options)
+        for left, operand in zip(got, (x, k), strict=True):
+            want = rope(operand, *tables, layout=layout, **by_position)
+            reference.same_bits(left, want)
+            reference.same_bits(rope(operand, *tables, layout=layout, **options), want)
+    cis = (tables[0] + 1j * tables[1]).astype(np.complex64)
+    want = rope(x, *tables, layout="interleaved", **by_position)
+    reference.same_bits(rope_complex(x, cis, **options), want)
+
+
+AS_INTEGERS = [int, np.int32, np.uint8, lambda n: np.array(n, ">i8")]
+
+
+@pytest.mark.parametrize("kind", AS_INTEGERS)
+@pytest.mark.parametrize("axis", [-2, 1])
+@pytest.mark.parametrize("n_token", [1, 7])
+def test_offset_is_the_number_of_tokens_before(kind, axis, n_token):
+    x = random((2, 3, n_token, 20)).swapaxes(2, axis).copy()
+    tables = [random((11, 8), seed=s) for s in (1, 2)]
+    for offset in (0, 4, 11 - n_token):
+        rows = np.arange(offset, offset + n_token)
+        same_as(x, tables, rows, offset=kind(offset), axis=axis)
+        want = reference.rotate(x, *tables, axis=axis, positions=rows)
+        reference.same_bits(rope(x, *tables, offset=kind(offset), axis=axis), want)
+
+
+@pytest.mark.parametrize("kind", ["i8", "i4", "u8", ">i2"])
+@pytest.mark.parametrize("axis", [-2, 1])
+def test_offset_of_each_sequence(kind, axis):
+    x = random((2, 3, 4, 20)).swapaxes(2, axis).copy()
+    tables = [random((11, 8), seed=s) for s in (1, 2)]
+    for offset in ([0, 7], [5, 5], [6], [2, 0]):
+        rows = np.array(offset)[:, None] + np.arange(4)
+        same_as(x, tables, rows, offset=np.array(offset, kind), axis=axis)
+        same_as(x, tables, rows, offset=offset, axis=axis)
+
+
+def test_offset_without_heads():
+    x, tables = random((2, 5, 20)), [random((11, 8), seed=s) for s in (1, 2)]
+    same_as(x, tables, np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]), offset=[1, 6])
+    same_as(x[0], tables, np.arange(3, 8), offset=3)
+
+
+def test_offset_never_means_a_broadcast_row():
+    """The last row of the table must not stand for all tokens."""
+    x, tables = random((5, 20)), [random((9, 8), seed=s) for s in (1, 2)]
+    with pytest.raises(ValueError, match="got row 9 for token 1"):
+        rope(x, *tables, offset=8)
+    with pytest.raises(ValueError, match="offset must be a whole number or"):
+        rope(random((4, 4, 20)), *tables, offset=[0, 1, 2, 3], axis=0)
+
+
+def test_queries_and_keys_of_different_length_begin_at_the_same_offset():
+    q, k = random((2, 3, 1, 20)), random((2, 3, 4, 20), seed=5)
+    tables = [random((11, 8), seed=s) for s in (1, 2)]
+    for offset in (3, [3, 5], np.array([3, 5])):
+        for pair in ((q, k), (q[:, 0], k[:, 0]), (k[:, 0], q[:, 0])):
+            got = rope_qk(*pair, *tables, offset=offset)
+            for left, x in zip(got, pair, strict=True):
+                reference.same_bits(left, rope(x, *tables, offset=offset))
+    with pytest.raises(ValueError, match="end with 4, the number of tokens of k"):
+        rope_qk(q[0, 0], k[0, 0], *tables, cu_seqlens=[0, 1])
+
+
+def test_decode_with_an_offset_is_prefill():
+    x, tables = random((2, 4, 33, 64)), table(33, 32)
+    prefill = rope(x, *tables)
+    for t in (0, 1, 31, 32):
+        here = np.s_[:, :, t : t + 1]
+        reference.same_bits(rope(x[here], *tables, offset=t), prefill[here])
+        reference.same_bits(rope(x[here], *tables, offset=[t, t]), prefill[here])
+    same = rope(x[:, :, 5:], *tables, offset=5)
+    reference.same_bits(same, prefill[:, :, 5:])
+
+
+@pytest.mark.parametrize(
+    "ends", [[0, 7], [0, 1, 7], [0, 0, 3, 3, 7, 7], list(range(8))], ids=str
+)
+@pytest.mark.parametrize("kind", ["i4", "i8", "u2"])
+@pytest.mark.parametrize("offset", [None, 0, 2, "each"])
+def test_packed_sequences_begin_anew(ends, kind, offset):
+    tables = [random((11, 8), seed=s) for s in (1, 2)]
+    options = {} if offset is None else {"offset": offset}
+    if offset == "each":
+        options["offset"] = [i % 4 for i in range(len(ends) - 1)]
+    rows = reference.packed_positions(ends, options.get("offset", 0))
+    for shape, axis in (((7, 3, 20), 0), ((1, 3, 7, 20), -2), ((1, 7, 3, 20), 1)):
+        options |= {"cu_seqlens": np.array(ends, kind), "axis": axis}
+        same_as(random(shape), tables, rows, **options)
+
+
+def test_packed_is_each_sequence_alone():
+    x, tables = random((50, 4, 32)), table(30, 16)
+    ends = [0, 3, 3, 33, 50]
+    packed = rope(x, *tables, axis=0, cu_seqlens=ends)
+    for first, last in itertools.pairwise(ends):
+        alone = rope(x[first:last], *(t[: last - first] for t in tables), axis=0)
+        reference.same_bits(packed[first:last], alone)
+
+
+def test_no_sequences_and_no_tokens():
+    x, tables = np.zeros((0, 3, 20), np.float32), table(5, 8)
+    for options in (
+        {"cu_seqlens": np.array([0])},
+        {"cu_seqlens": np.array([0, 0, 0])},
+        {"cu_seqlens": np.array([0, 0]), "offset": 99},
+        {"offset": 99},
+        {"offset": -1},
+    ):
+        assert rope(x, *tables, axis=0, **options).shape == x.shape
+    none = np.zeros((2, 3, 0, 20), np.float32)
+    assert rope(none, *tables, offset=[2**40, -1]).shape == none.shape
+
+
+@both_layouts
+@pytest.mark.parametrize("options", [{"offset": 2}, {"cu_seqlens": [0, 1, 4]}], ids=str)
+def test_rows_in_place_inverse_and_adjoint(layout, options):
+    x, tables = random((4, 3, 20)), [random((9, 8), seed=s) for s in (1, 2)]
+    rows = reference.packed_positions(options.get("cu_seqlens", [0, 4]),
+                                      options.get("offset", 0))  # fmt: skip
+    for direction in ({}, {"inverse": True}, {"adjoint": True}):
+        same_as(x, tables, rows, axis=0, **options, **direction)
+    own = x.copy()
+    assert rope(own, *tables, layout=layout, axis=0, out=own, **options) is own
+    reference.same_bits(own, rope(x, *tables, layout=layout, axis=0, positions=rows))
+
+
+# --- a part of the channels ----------------------------------------------------------
+
+
+@both_layouts
+@both_types
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 12, -12, -16, -20, -24])
+def test_rotary_start(layout, dtype, start):
+    x = random((2, 3, 5, 24), dtype)
+    cos, sin = (random((5, 6), dtype, s) for s in (1, 2))
+    options = {"layout": layout, "rotary_start": start}
+    want = reference.rotate(x, cos, sin, **options)
+    reference.same_bits(rope(x, cos, sin, **options), want)
+    first = start % 24
+    reference.same_bits(want[..., :first], x[..., :first])
+    reference.same_bits(want[..., first + 12 :], x[..., first + 12 :])
+    for again in (x.copy(), x.copy().view(Marked), np.asfortranarray(x)):
+        assert rope(again, cos, sin, out=again, **options) is again
+        reference.same_bits(again, want)
+    subclass = rope(x.view(Marked), cos, sin, **options)
+    assert type(subclass) is Marked
+    reference.same_bits(subclass, want)
+    if layout == "interleaved":
+        cis = cos + 1j * sin
+        reference.same_bits(rope_complex(x, cis, rotary_start=start), want)
+
+
+@both_layouts
+@pytest.mark.parametrize("shift", [1, -1, 17, -16])
+def test_rotary_start_where_out_overlaps_x(layout, shift):
+    cos, sin = (random((5, 5), seed=s) for s in (1, 2))
+    memory = random(240 + abs(shift))
+    low, high = memory[:240], memory[abs(shift) :]
+    source, target = (low, high) if shift > 0 else (high, low)
+    x, out = source.reshape(3, 5, 16), target.reshape(3, 5, 16)
+    want = reference.rotate(x.copy(), cos, sin, layout, rotary_start=3)
+    assert rope(x, cos, sin, layout=layout, rotary_start=3, out=out) is out
+    reference.same_bits(out, want)
+
+
+def test_rotary_start_counts_from_the_end_of_each():
+    q, k = random((2, 5, 24)), random((2, 5, 20), seed=1)
+    cos, sin = (random((5, 6), seed=s) for s in (2, 3))
+    got = rope_qk(q, k, cos, sin, rotary_start=-12)
+    for left, x in zip(got, (q, k), strict=True):
+        want = np.concatenate([x[..., :-12], rope(x[..., -12:], cos, sin)], axis=-1)
+        reference.same_bits(left, want)
+
+
+@both_layouts
+def test_rotary_start_with_no_pairs_copies(layout):
+    x, none = random((3, 5)), np.zeros((3, 0), np.float32)
+    for start in (0, 3, 5, -1, -5):
+        got = rope(x, none, none, layout=layout, rotary_start=start)
+        reference.same_bits(got, x)
 
 
 # --- out and in place ----------------------------------------------------------------
@@ -704,6 +899,12 @@ def test_dask_arrays_stay_lazy():
         for got in (rope(heads, cos, sin, **options), rope(tokens, *tables, **options)):
             assert isinstance(got, da.Array)
             reference.same_bits(got.compute(scheduler="threads"), want)
+    for options in ({"rotary_start": -10}, {"cu_seqlens": [0, 3, 8]}, {"offset": 0}):
+        cut = [t[:, :5] for t in (cos, sin)]
+        got = rope(heads, *cut, **options)
+        assert isinstance(got, da.Array)
+        want = rope(x, *cut, **options)
+        reference.same_bits(got.compute(scheduler="threads"), want)
 
 
 def test_never_warns():
@@ -795,21 +996,3 @@ def test_large_results_have_the_bits_of_small_ones(layout, dtype, n_pair):
             reference.same_bits(
                 rope(own, cos, sin, layout=layout, axis=axis, out=own), out
             )
-
-
-def test_torch_tensors_are_refused_for_now():
-    torch = pytest.importorskip("torch")
-    tensor, cos, sin = torch.ones(5, 12), random((5, 6)), random((5, 6), seed=2)
-    text = (
-        "must be a plain NumPy array or a list (of a tensor: its .numpy()); got Tensor"
-    )
-    for parameter, call in {
-        "rope: x": lambda: rope(tensor, cos, sin),
-        "rope_qk: k": lambda: posenc.rope_qk(random((5, 12)), tensor, cos, sin),
-        "rope: cos": lambda: rope(random((5, 12)), tensor, tensor),
-        "rope_table: positions": lambda: posenc.rope_table(tensor[0], [1.0]),
-        "permute_layout: w": lambda: posenc.permute_layout(tensor, 12, to="half"),
-    }.items():
-        with pytest.raises(TypeError) as caught:
-            call()
-        assert str(caught.value) == f"{parameter} {text}"
