@@ -20,8 +20,9 @@ the loss is averaged by position. T is the model's trained length
 
 alpha, unless given, is (L/T)**{exponent}: it must exceed L/T, and this rule fits the
 best values of the shipped model on the text it was trained on.
-linear, ntk, dynamic and yarn take the place of a scaling that the model has of its
-own (such as llama3), at every length past T; none and window keep it.
+none and window keep a scaling that the model has of its own (such as llama3); the
+others take its place, at every length past T. The rope type 'proportional' does not
+extend a context. longrope needs factors that were searched for one model.
 Byte-level models are measured in bits per byte, models with a tokenizer in
 perplexity. Nothing is trained and no file of the model is changed.
 """
@@ -40,7 +41,7 @@ def parser():
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     methods = "\n".join(
-        textwrap.fill(f"  {k:8} {v}", WIDTH, subsequent_indent=" " * 11)
+        textwrap.fill(f"  {k:12} {v}", WIDTH, subsequent_indent=" " * 15)
         for k, v in _extend.METHODS.items()
     )
     extend = commands.add_parser(
@@ -65,10 +66,17 @@ def parser():
     add(
         "--methods",
         metavar="NAMES",
-        help="comma-separated (default: all that fit the model)",
+        help="comma-separated (default: the first six, without ntk where posenc.hf "
+        "does not know the model)",
     )
     add("--lengths", metavar="L,L,...", help=LENGTHS)
     add("--alpha", type=float, metavar="A", help="NTK alpha for every length past T")
+    add(
+        "--factors",
+        metavar="FILE",
+        help="JSON with the short_factor and long_factor of longrope, such as the "
+        "config.json of a model that has them (default: those of the model)",
+    )
     add(
         "--windows",
         type=int,
@@ -97,6 +105,7 @@ def extend(args):
         args.methods,
         args.lengths,
         alpha=args.alpha,
+        factors=args.factors,
         n_window=args.windows,
     )
     print(_extend_report.tables(report))

@@ -11,12 +11,14 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 
 from ._check import must
+from ._scaling_check import TRAINED
 
 METHODS = {
     "none": "the model as it is",
@@ -26,9 +28,14 @@ METHODS = {
     "ntk": "posenc.hf.patch with 'ntk': rope_theta * alpha**(d/(d-2)), alpha below",
     "dynamic": "transformers' 'dynamic' NTK, factor L/T",
     "yarn": "transformers' 'yarn', factor L/T",
+    "ntk_by_parts": "NTK-by-parts, factor L/T for pairs that turn little in T tokens: "
+    "transformers' 'llama3' with bands 1 and 32",
+    "llama3": "transformers' 'llama3', factor L/T, bands 1 and 4",
+    "longrope": "transformers' 'longrope' with the short and long factors of --factors",
 }
+DEFAULT_METHODS = ("none", "window", "linear", "ntk", "dynamic", "yarn")
 # transformers runs these through the model's configuration.
-CONFIG_METHODS = ("linear", "dynamic", "yarn")
+CONFIG_METHODS = ("linear", "dynamic", "yarn", "ntk_by_parts", "llama3", "longrope")
 # One pass over the longest length serves every length: causal models do not look
 # ahead, and nothing in these two depends on the length.
 LENGTH_FREE_METHODS = ("none", "window")
@@ -100,6 +107,41 @@ def lengths_that_fit(lengths, n_token):
     nothing to measure, and `cut_windows` says what to do.
     """
     return lengths[:2] + [n for n in lengths[2:] if n <= n_token]
+
+
+def read_factors(path, config):
+    """Return the short and long factors of longrope, from a file or the model's own.
+
+    The file is JSON that holds both lists: by themselves, or as a model's config does.
+    """
+    if path is None:
+        content, path = config.rope_parameters, "no --factors FILE"
+    else:
+        content, path = _read_json(path), repr(str(path))
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    keys = ("short_factor", "long_factor")
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        refuse("factors", "be JSON with a short_factor and a long_factor", path)
+    factors = {key: content[key] for key in keys}
+    from ._hf_exact import inv_freq_of
+
+    wanted = {**config.rope_parameters, "rope_type": "longrope", "factor": 1, **factors}
+    try:
+        inv_freq_of("extend", config, wanted)
+    except (TypeError, ValueError) as error:
+        raise ExtendError(str(error)) from None
+    return factors
+
+
+def _read_json(path):
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        refuse("factors", "be a readable file", f"{str(path)!r} ({error.strerror})")
+    except ValueError as error:
+        refuse("factors", "be JSON", f"{str(path)!r} ({error})")
 
 
 def buckets(trained, length):
@@ -291,7 +333,7 @@ class Report:
         return math.exp(nats) if self.unit == "perplexity" else nats / math.log(2)
 
 
-def setting_of(method, length, trained, alpha=None):
+def setting_of(method, length, trained, alpha=None, factors=None):
     """Return the scaling dict of a method, empty where nothing is scaled."""
     scale = length / trained
     if method == "window":
@@ -301,8 +343,12 @@ def setting_of(method, length, trained, alpha=None):
     if method == "ntk":
         return {"rope_type": "ntk", "alpha": alpha or default_alpha(scale)}
     setting = {"rope_type": method, "factor": scale}
-    if method == "yarn":
-        setting["original_max_position_embeddings"] = trained
+    if method not in ("linear", "dynamic"):
+        setting[TRAINED] = trained
+    if method == "llama3":
+        setting |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if method == "longrope":
+        setting |= factors
     return setting
 
 
@@ -358,6 +404,7 @@ def extend(
     lengths=None,
     *,
     alpha=None,
+    factors=None,
     n_window=N_WINDOW,
     progress=True,
 ):
@@ -371,6 +418,9 @@ def extend(
         Comma-separated names and whole numbers.
     alpha : float, optional
         NTK alpha for every length; `default_alpha` by default.
+    factors : path, optional
+        JSON file with the factors of longrope; those of the model's own configuration
+        by default.
     n_window : int, default 16
         Windows of the text to read.
     progress : bool, default True
@@ -392,7 +442,7 @@ def extend(
         refuse("model", "be a folder with a transformers checkpoint", repr(folder))
     folder = Path(MODEL if folder is None else folder)
     text = Path(TEXT if text is None else text)
-    names = parse_methods(",".join(METHODS) if methods is None else methods)
+    names = parse_methods(",".join(DEFAULT_METHODS) if methods is None else methods)
     config = load_config(folder)
     trained = config.max_position_embeddings
     wanted = parse_lengths(lengths, trained)
@@ -400,6 +450,10 @@ def extend(
         refuse("windows", "be at least 1", repr(n_window))
     if alpha is not None and not 1 <= alpha < math.inf:
         refuse("alpha", "be at least 1", repr(alpha))
+    if "longrope" in names:
+        factors = read_factors(factors, config)
+    elif factors is not None:
+        refuse("factors", "be left out without longrope among the methods", factors)
     tokens, first, unit = read_tokens(folder, config, text)
     if lengths is None:
         wanted = lengths_that_fit(wanted, len(tokens) + (first is not None))
@@ -415,7 +469,7 @@ def extend(
         for method in names:
             bar.set_description(method)
             report.runs += measure(
-                model, folder, method, windows, lengths, alpha, bar.update
+                model, folder, method, windows, lengths, alpha, factors, bar.update
             )
     return report
 
@@ -446,7 +500,7 @@ def _progress(report, shown):
     )
 
 
-def measure(model, folder, method, windows, lengths, alpha, advance):
+def measure(model, folder, method, windows, lengths, alpha, factors, advance):
     """Return the runs of one method at every length."""
     trained = model.config.max_position_embeddings
     if method in LENGTH_FREE_METHODS:
@@ -455,7 +509,7 @@ def measure(model, folder, method, windows, lengths, alpha, advance):
         return [Run(method, n, setting, loss[:, : n - 1]) for n in lengths]
     runs = []
     for length in lengths:
-        setting = setting_of(method, length, trained, alpha)
+        setting = setting_of(method, length, trained, alpha, factors)
         with scaled(model, folder, setting, length) as changed:
             loss = token_losses(changed, windows[:, :length], advance=advance)
         runs.append(Run(method, length, setting, loss))
@@ -468,13 +522,15 @@ def scaled(model, folder, setting, length):
 
     Anew for every length, because transformers' 'dynamic' remembers earlier ones.
     """
+    from ._hf_scaling import in_transformers
+
     if not setting:
         yield model
     elif setting["rope_type"] in CONFIG_METHODS:
         config = load_config(folder)
         kept = ("rope_theta", "partial_rotary_factor")
         own = {k: v for k, v in config.rope_parameters.items() if k in kept}
-        config.rope_parameters = {**own, **setting}
+        config.rope_parameters = {**own, **in_transformers(setting)}
         yield load_model(folder, config)
     else:
         from . import hf

@@ -1,7 +1,7 @@
 """Stand in for transformers' ``apply_rotary_pos_emb``, bit for bit.
 
-Knows torch tensors and when they may be read as arrays; knows neither models nor
-configs.  torch is imported inside functions only.
+Knows when posenc may take the place of the original, and who did the work; knows
+neither models nor configs.  torch is imported inside functions only.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
@@ -12,8 +12,8 @@ from collections import Counter
 
 from ._check import must
 
-GRADIENTS = "gradients are on: call the model under torch.no_grad()"
 TRACING = "traced by torch.compile or torch.export (counted once per trace)"
+TABLE_GRADIENTS = "gradients of cos or sin are asked for"
 
 
 class Tally:
@@ -44,6 +44,8 @@ class Replacement:
 
     def __init__(self, owner, name, make):
         self.owner, self.name, self.n_user = owner, name, 0
+        self.n_writer = 0  # users who allow work in place
+        self.wanted = self.inplace = False  # what functions read, traced ones too
         self.original = getattr(owner, name)
         self.function = make(self)
         functools.update_wrapper(self.function, self.original, updated=())
@@ -61,20 +63,25 @@ class Replacement:
     def __str__(self):
         return f"{getattr(self.owner, '__qualname__', self.owner.__name__)}.{self.name}"
 
-    def acquire(self):
+    def acquire(self, inplace=False):
         if self.n_user == 0:
             setattr(self.owner, self.name, self.function)
-        self.n_user += 1
+        self._count(1, inplace)
 
-    def release(self):
+    def release(self, inplace=False):
         """Give up one use; return why the original could not come back, or None."""
-        self.n_user -= 1
+        self._count(-1, inplace)
         if self.n_user:
             return None
         if getattr(self.owner, self.name) is not self.function:
             return f"{self}: somebody else replaced it after the patch, theirs stays"
         setattr(self.owner, self.name, self.original)
         return None
+
+    def _count(self, change, inplace):
+        self.n_user += change
+        self.n_writer += change * inplace
+        self.wanted, self.inplace = self.n_user > 0, self.n_writer > 0
 
 
 def make_dispatcher(replacement, layout):
@@ -84,24 +91,32 @@ def make_dispatcher(replacement, layout):
     """
     import torch
 
-    original = replacement.original
-    rotate, obstacle = make_rotation(layout), _make_obstacle()
-    traced = make_trace_mark("rotation")
+    from . import _hf_torch
+
+    original, traced = replacement.original, make_trace_mark("rotation")
+    obstacle, rotate = _make_obstacle(), _hf_torch.rotate
+    rotate_differentiably = _hf_torch.rotate_differentiably
+    can_join, join = _hf_torch.can_join, _hf_torch.join
 
     def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
         if torch.compiler.is_compiling():
+            if replacement.wanted and can_join(q, k, cos, sin, unsqueeze_dim, layout):
+                return join(q, k, cos, sin, unsqueeze_dim)
             traced()
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        if not replacement.n_user:
+        if not replacement.wanted:
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        result = rotate(q, k, cos, sin, unsqueeze_dim, layout, replacement.inplace)
+        if result is not None:
+            tally.add("rotation")
+            return result
         reason = obstacle(q, k, cos, sin, unsqueeze_dim)
         if reason is None:
-            result = rotate(q, k, cos, sin, unsqueeze_dim)
-            if result is not None:
-                tally.add("rotation")
-                return result
-            reason = "the halves of cos or sin differ"
+            result = rotate_differentiably(q, k, cos, sin, unsqueeze_dim, layout)
+            reason = _hf_torch.HALVES if result is None else None
         tally.add("rotation", reason)
+        if reason is None:
+            return result
         return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
     return apply_rotary_pos_emb
@@ -119,55 +134,13 @@ def make_trace_mark(work):
     return traced
 
 
-def make_rotation(layout):
-    """Make ``rotate(q, k, cos, sin, unsqueeze_dim)``; None from it: tables unfit."""
-    import torch
-
-    from . import rope_qk
-
-    def empty(x):
-        # Downstream must see the strides of eager's result: the order of x's axes, but
-        # C order where that is as good, as with one head or one token.
-        if x.shape[1] == 1 or x.shape[2] == 1 or x.is_contiguous():
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
-        return torch.empty_like(x)
-
-    def rotate(q, k, cos, sin, unsqueeze_dim):
-        cos_array, sin_array = cos.numpy(), sin.numpy()
-        if not (_halves_agree(cos_array) and _halves_agree(sin_array)):
-            return None
-        n_pair = cos_array.shape[-1] // 2
-        out = empty(q), empty(k)
-        rope_qk(
-            q.numpy(),
-            k.numpy(),
-            cos_array[..., :n_pair],
-            sin_array[..., :n_pair],
-            layout=layout,
-            axis=-2 if unsqueeze_dim == 1 else -3,
-            out=(out[0].numpy(), out[1].numpy()),
-        )
-        return out
-
-    return rotate
-
-
-def _halves_agree(table):
-    """Say whether both halves hold the same bits.
-
-    Asked in every call, though all layers share one table: a write through ``.data`` or
-    a NumPy view leaves no trace, and looking costs a microsecond for one token.
-    """
-    n_pair = table.shape[-1] // 2
-    return table[..., :n_pair].tobytes() == table[..., n_pair:].tobytes()
-
-
 def _make_obstacle():
     """Make the function that says why the original must run, or None."""
     import torch
 
+    from ._hf_torch import SERVED, order_fits, shapes_fit
+
     tensor_obstacle = make_tensor_obstacle()
-    fast_dtypes = torch.float32, torch.float64
 
     def obstacle(q, k, cos, sin, unsqueeze_dim):
         reason = tensor_obstacle((q, k, cos, sin))
@@ -176,44 +149,17 @@ def _make_obstacle():
         dtype = q.dtype
         if k.dtype != dtype or cos.dtype != dtype or sin.dtype != dtype:
             return "q, k, cos and sin are of different types (autocast)"
-        if dtype not in fast_dtypes:
-            return f"{dtype}: only float32 and float64 are served"
-        if torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or cos.requires_grad or sin.requires_grad
-        ):
-            return GRADIENTS
-        if not _shapes_fit(q.shape, k.shape, cos.shape, sin.shape, unsqueeze_dim):
+        if dtype not in SERVED:
+            return f"{dtype} is not served"
+        if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+            return TABLE_GRADIENTS
+        if not shapes_fit(q.shape, k.shape, cos.shape, sin.shape, unsqueeze_dim):
             return "shapes or unsqueeze_dim that posenc does not know"
-        if not (_order_fits(q) and _order_fits(k)):
+        if not (order_fits(q) and order_fits(k)):
             return "a memory order other than that of attention"
         return None
 
     return obstacle
-
-
-def _shapes_fit(q, k, cos, sin, unsqueeze_dim):
-    """Say whether q and k are (B, H, S, D) or (B, S, H, D), and cos (B or 1, S, D)."""
-    if not (len(q) == len(k) == 4 and len(cos) == 3 and cos == sin):
-        return False
-    if type(unsqueeze_dim) is not int or unsqueeze_dim not in (1, 2):
-        return False
-    seq = 3 - unsqueeze_dim
-    batch, n_token, head_dim = q[0], q[seq], q[3]
-    return (
-        k[0] == batch
-        and k[seq] == n_token
-        and k[3] == head_dim
-        and head_dim % 2 == 0
-        and cos[0] in (1, batch)
-        and cos[1] == n_token
-        and cos[2] == head_dim
-    )
-
-
-def _order_fits(x):
-    """Say whether channels are innermost and the batch is outermost in memory."""
-    batch, heads, tokens, channels = x.stride()
-    return channels == 1 and (x.shape[0] == 1 or (batch >= heads and batch >= tokens))
 
 
 def make_tensor_obstacle():
@@ -250,7 +196,9 @@ def probe(replacement, layout):
     """Accept the original only if our kernel gives its bits on small random cases."""
     import torch
 
-    rotate, original = make_rotation(layout), replacement.original
+    from ._hf_torch import SERVED, rotate
+
+    original = replacement.original
     random = torch.Generator(device="cpu").manual_seed(0)
 
     def agree(dtype, batch, unsqueeze_dim):
@@ -264,15 +212,15 @@ def probe(replacement, layout):
         case = q, k, cos.repeat(1, 1, 2), sin.repeat(1, 1, 2)
         theirs = original(*case, unsqueeze_dim=unsqueeze_dim)
         theirs += original(*case) if unsqueeze_dim == 1 else ()
-        ours = rotate(*case, unsqueeze_dim) * (len(theirs) // 2)
+        ours = rotate(*case, unsqueeze_dim, layout) * (len(theirs) // 2)
         return all(map(torch.equal, theirs, ours))
 
     rule = f"rotate like posenc's layout {layout!r}"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             accepted = all(
                 agree(dtype, batch, unsqueeze_dim)
-                for dtype in (torch.float32, torch.float64)
+                for dtype in SERVED
                 for batch in (1, 2)
                 for unsqueeze_dim in (1, 2)
             )

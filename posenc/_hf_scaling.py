@@ -1,4 +1,4 @@
-"""Change the RoPE of transformers' models: config, frequencies, exact tables.
+"""Change the RoPE of transformers' models: config and frequencies.
 
 Knows transformers' configs and rotary modules; every change can be undone in any
 order.  torch and transformers are imported inside functions only.
@@ -8,22 +8,19 @@ order.  torch and transformers are imported inside functions only.
 
 import copy
 import threading
-import types
 import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ._check import must
-from ._hf_rotation import make_tensor_obstacle, make_trace_mark, tally
+from ._hf_exact import EXACT_TYPES, ExactForward, Frequencies, rotary_dim
 from ._scaling import ntk_theta
+from ._scaling_check import KEYS, LENGTH, TRAINED, betas
 
-# Types whose frequencies are one formula of the config, whatever the length.
-EXACT_TYPES = ("default", "linear")
 # Types that measure against the trained length.
 TRAINED_LENGTH_TYPES = ("llama3", "longrope", "yarn")
-# Exact frequencies must be the module's own up to the rounding of its recipe: the
-# exponent, the power of theta, the reciprocal and a factor, each a few ulp.
-SAME_FREQUENCY_ULP = 16
+# ... and whose factor may be left to be the ratio of the lengths.
+RATIO_TYPES = ("ntk_by_parts", "longrope", "yarn")
 
 lock = threading.RLock()
 subjects = {}  # id of a config -> Subject, while a patch asks something of it
@@ -108,16 +105,21 @@ class Subject:
     def settings(self, requests):
         """Return (rope_parameters, max_position_embeddings) as these requests say."""
         config, own, own_length, unscaled, trained_length = self.pristine[0]
-        scalings = [r.scaling for r in requests if r.scaling is not None]
+        scalings = [r for r in requests if r.scaling is not None]
         lengths = [r.length for r in requests if r.length is not None]
         if not scalings and not lengths:
             return own, own_length
-        after = _rewrite(scalings[-1], unscaled, config) if scalings else dict(own)
         length = lengths[-1] if lengths else own_length
+        after = dict(own)
+        if scalings:
+            scaling = {TRAINED: trained_length} | scalings[-1].scaling
+            # What other patches say of the length may not change a factor.
+            scaling = _with_factor(scaling, scalings[-1].length or own_length)
+            after = _rewrite(scaling, unscaled, config)
         if "dynamic" in after["rope_type"]:
             length = min(length, trained_length)
         elif after["rope_type"] in TRAINED_LENGTH_TYPES:
-            after.setdefault("original_max_position_embeddings", trained_length)
+            after.setdefault(TRAINED, trained_length)
         writers = tuple(request for request in requests if request.rewrites)
         return Written(after, unscaled, trained_length, writers), length
 
@@ -135,9 +137,17 @@ class Subject:
             name = "max_position_embeddings"
             rule = f"be at most {length} under {rope_type!r}, which more would turn off"
             raise ValueError(must("patch", name, rule, lengths[-1]))
+        _check_dynamic(new, rope_type, length)
         if any(request.exact for request in new) and rope_type not in EXACT_TYPES:
-            rule = "be False unless the rope_type is 'default', 'linear' or 'ntk'"
+            listed = ", ".join(repr(name) for name in KEYS if name != "dynamic")
+            rule = f"be False unless the rope_type is one of {listed}"
             raise ValueError(must("patch", "exact", rule, f"True with {rope_type!r}"))
+        after = copy.copy(self.config)
+        after.rope_parameters, after.max_position_embeddings = dict(parameters), length
+        if any(request.exact or request.scaling for request in new):
+            Frequencies.of(after)  # or an error that says which number it cannot take
+        for module in self.modules:
+            _check_width(module, after)
         self.requests += new
         self.settle()
 
@@ -172,8 +182,10 @@ class Subject:
     def settle_exact(self, module):
         wanted = any(request.exact for request in self.requests)
         exact = self.exact.setdefault(module, ExactForward())
-        if wanted and self.config.rope_parameters["rope_type"] in EXACT_TYPES:
-            exact.install(module, exact_frequencies(self.config))
+        known = self.config.rope_parameters["rope_type"] in EXACT_TYPES
+        frequencies = Frequencies.or_none(self.config) if wanted and known else None
+        if frequencies is not None:
+            exact.install(module, frequencies)
         else:
             exact.remove(module)
 
@@ -220,25 +232,62 @@ def make_constructor(replacement):
 
 def _rewrite(scaling, before, config):
     """Return the rope_parameters by which transformers itself does this scaling."""
+    asked, dim = repr(scaling["rope_type"]), rotary_dim(config, before)
+    if scaling["rope_type"] in ("ntk", "dynamic") and dim < 4:
+        rule = f"not be {asked} for a model that rotates one pair"
+        raise ValueError(must("patch", "scaling['rope_type']", rule, asked))
     after = {k: before[k] for k in ("partial_rotary_factor",) if k in before}
-    ntk = scaling["rope_type"] == "ntk"
-    after["rope_type"] = "default" if ntk else scaling["rope_type"]
-    after["rope_theta"] = scaling.get("rope_theta", before["rope_theta"])
-    if "factor" in scaling:
-        after["factor"] = scaling["factor"]
-    if ntk:
-        dim = _rotary_dim(config, before)
-        if dim < 4:
-            rule = "not be 'ntk' for a model that rotates one pair"
-            raise ValueError(must("patch", "scaling['rope_type']", rule, "'ntk'"))
-        after["rope_theta"] = ntk_theta(dim, after["rope_theta"], scaling["alpha"])
-    return after
+    scaling = {"rope_theta": before["rope_theta"]} | in_transformers(scaling)
+    after["rope_type"] = scaling.pop("rope_type")
+    theta, alpha = scaling.pop("rope_theta"), scaling.pop("alpha", 1.0)
+    after["rope_theta"] = theta if alpha == 1 else ntk_theta("patch", dim, theta, alpha)
+    if after["rope_type"] not in TRAINED_LENGTH_TYPES:
+        del scaling[TRAINED]
+    return after | scaling
 
 
-def _rotary_dim(config, parameters):
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+def in_transformers(scaling):
+    """Return a scaling under the name and the keys that transformers knows.
+
+    That of ntk is the default with a larger rope_theta, which needs a model.
+    """
+    scaling = dict(scaling)
+    if scaling["rope_type"] == "ntk":
+        scaling["rope_type"] = "default"
+    if scaling["rope_type"] == "ntk_by_parts":  # the very formula of Llama 3
+        low, high = betas(scaling)
+        scaling = {k: v for k, v in scaling.items() if "beta" not in k}
+        scaling |= {"low_freq_factor": low, "high_freq_factor": high}
+        scaling["rope_type"] = "llama3"
+    return scaling
+
+
+def _with_factor(scaling, length):
+    """Return a scaling whose factor, if missing, is the ratio of the lengths."""
+    if scaling["rope_type"] not in RATIO_TYPES or "factor" in scaling:
+        return scaling
+    trained = scaling[TRAINED]
+    if scaling["rope_type"] != "longrope" and length <= trained:
+        rule = f"be given, or {LENGTH} be more than {trained}"
+        raise ValueError(must("patch", "scaling['factor']", rule, length))
+    return {**scaling, "factor": max(length / trained, 1.0)}
+
+
+def _check_dynamic(requests, rope_type, length):
+    """Refuse a trained length that transformers would not hear of."""
+    scalings = [r.scaling for r in requests if r.scaling is not None]
+    trained = scalings[-1].get(TRAINED, length) if scalings else length
+    if rope_type == "dynamic" and trained != length:
+        rule = f"be {LENGTH}, {length}, under 'dynamic'"
+        raise ValueError(must("patch", f"scaling[{TRAINED!r}]", rule, trained))
+
+
+def _check_width(module, config):
+    """Refuse a config under which a module would have another number of pairs."""
+    inv_freq, _ = _init_of(module, config.rope_parameters["rope_type"])(config)
+    if inv_freq.shape != module.inv_freq.shape:
+        rule = f"leave the model its {len(module.inv_freq)} pairs per head"
+        raise ValueError(must("patch", "scaling", rule, f"{len(inv_freq)} pairs"))
 
 
 _ATTRIBUTES = (
@@ -247,19 +296,37 @@ _ATTRIBUTES = (
     "max_seq_len_cached",
     "original_max_seq_len",
 )
+# Ends of the names under which longrope and dynamic keep what they computed, the latter
+# in some versions of transformers only.
+_NOTES = ("long_inv_freq", "_max_seq_len_cached")
 _BUFFERS = ("inv_freq", "original_inv_freq")
+
+
+def _notes(module):
+    """Return what the forward of a module noted for later calls, by name."""
+    own = vars(module)
+    return {name: own[name] for name in own if name.endswith(_NOTES)}
 
 
 def _state(module):
     attributes = {name: getattr(module, name) for name in _ATTRIBUTES}
-    return attributes, [getattr(module, name).detach().clone() for name in _BUFFERS]
+    attributes |= _notes(module)
+    buffers = [getattr(module, name) for name in _BUFFERS]
+    return attributes, buffers, [each.detach().clone() for each in buffers]
 
 
 def _restore(module, state):
-    attributes, buffers = state
+    attributes, buffers, values = state
+    for name in _notes(module):
+        delattr(module, name)
     for name, value in attributes.items():
         setattr(module, name, value)
-    _write_buffers(module, buffers)
+    for name, before in zip(_BUFFERS, buffers, strict=True):
+        now = getattr(module, name)
+        # Dynamic types replace the buffer; a model that was moved has to stay there.
+        if (now.dtype, now.device) == (before.dtype, before.device):
+            setattr(module, name, before)
+    _write_buffers(module, values)
 
 
 def _write_buffers(module, values):
@@ -270,124 +337,27 @@ def _write_buffers(module, values):
 
 def _recompute(module):
     """Do what the module's own constructor does, from its config as it is now."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     module.rope_type = module.config.rope_parameters["rope_type"]
     length = module.config.max_position_embeddings
     module.max_seq_len_cached = module.original_max_seq_len = length
-    if module.rope_type == "default":
-        init = module.compute_default_rope_parameters
-    else:
-        init = ROPE_INIT_FUNCTIONS[module.rope_type]
+    for name in _notes(module):
+        delattr(module, name)
+    if module.inv_freq is module.original_inv_freq:
+        # A dynamic type leaves one buffer under both names, longrope writes into one.
+        module.inv_freq = module.inv_freq.detach().clone()
+    init = _init_of(module, module.rope_type)
     inv_freq, module.attention_scaling = init(module.config)
     _write_buffers(module, (inv_freq, inv_freq))
 
 
-def exact_frequencies(config):
-    """Return the (float64 inv_freq, attention_factor) that the config stands for."""
-    from . import rope_inv_freq
+def _init_of(module, rope_type):
+    """Return transformers' function that computes the frequencies of a config."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = dict(config.rope_parameters)
-    dim = _rotary_dim(config, parameters)
-    parameters.pop("partial_rotary_factor", None)
-    theta = parameters.pop("rope_theta")
-    return rope_inv_freq(dim, theta=theta, scaling=parameters)
-
-
-def check_exact(name, module):
-    """Refuse a module whose frequencies are not those of its config."""
-    import torch
-
-    inv_freq, _ = exact_frequencies(module.config)
-    ours, theirs = torch.from_numpy(inv_freq), module.inv_freq.double().cpu()
-    # They came from float32, and may have been rounded further (model.bfloat16()).
-    eps = max(
-        torch.finfo(dtype).eps for dtype in (torch.float32, module.inv_freq.dtype)
-    )
-    tolerance = SAME_FREQUENCY_ULP * eps
-    if ours.shape != theirs.shape or ((ours - theirs).abs() > tolerance * ours).any():
-        rule = f"be False: {name}.inv_freq is not what the model's config says"
-        raise ValueError(must("patch", "exact", rule, True))
-
-
-def _nothing():
-    """Stand for a weak reference whose object is gone."""
-
-
-class ExactForward:
-    """The ``forward`` that makes exact tables for one rotary module.
-
-    A deep copy of the module inherits the function, which there does what the class
-    does: it knows neither the copy's frequencies nor what may change them.
-    """
-
-    def __init__(self):
-        self.frequencies = None  # None: stand aside
-        self.function = self.module = _nothing
-
-    def install(self, module, frequencies):
-        self.frequencies = frequencies
-        if self.function() is None:
-            self.module = weakref.ref(module)
-            forward = _make_exact_forward(self, _foreign_forward(module))
-            # A bound method, which a deep copy of the model binds to the copy.
-            module.forward = types.MethodType(forward, module)
-            self.function = weakref.ref(forward)
-
-    def remove(self, module):
-        self.frequencies, ours = None, self.function()
-        current = module.__dict__.get("forward")
-        if ours is None or getattr(current, "__func__", None) is not ours:
-            return  # nothing to remove, or it stands aside inside somebody's wrapper
-        self.function = _nothing
-        del module.forward
-        if ours.previous is not None:
-            module.forward = ours.previous
-
-
-def _foreign_forward(module):
-    """Return what stands on the instance, unless it is what a copy inherits."""
-    current = module.__dict__.get("forward")
-    exact = getattr(getattr(current, "__func__", None), "exact", None)
-    inherited = isinstance(exact, ExactForward) and exact.module() is not module
-    return None if inherited else current
-
-
-def _make_exact_forward(exact, previous):
-    """Make a rotary module's ``forward``, around what stood on the instance."""
-    import numpy as np
-    import torch
-
-    from . import rope_table
-
-    tensor_obstacle, traced = make_tensor_obstacle(), make_trace_mark("table")
-
-    def original(self, x, position_ids):
-        if previous is not None and self is exact.module():
-            return previous(x, position_ids)
-        return type(self).forward(self, x, position_ids)
-
-    def forward(self, x, position_ids):
-        if torch.compiler.is_compiling():
-            traced()
-            return original(self, x, position_ids)
-        if exact.frequencies is None or self is not exact.module():
-            return original(self, x, position_ids)
-        reason = tensor_obstacle((x, position_ids))
-        tally.add("table", reason)
-        if reason is not None:
-            return original(self, x, position_ids)
-        inv_freq, factor = exact.frequencies
-        tables = rope_table(
-            position_ids.numpy(),
-            inv_freq,
-            attention_factor=factor,
-            dtype=np.float64 if x.dtype == torch.float64 else np.float32,
-        )
-        return tuple(
-            torch.from_numpy(np.concatenate((table, table), axis=-1)).to(x.dtype)
-            for table in tables
-        )
-
-    forward.exact, forward.previous = exact, previous
-    return forward
+    if rope_type == "default":
+        return module.compute_default_rope_parameters
+    if rope_type not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(map(repr, ROPE_INIT_FUNCTIONS))
+        rule = f"be known to the transformers installed here: {known}"
+        raise ValueError(must("patch", "scaling['rope_type']", rule, repr(rope_type)))
+    return ROPE_INIT_FUNCTIONS[rope_type]

@@ -1,7 +1,8 @@
 """Patch Hugging Face models: the same bits faster, or a longer context, with undo.
 
 The public part: `patch`, what it returns, and the table of model families.  The
-rotation is in ``_hf_rotation``, configs and frequencies in ``_hf_scaling``.
+rotation is in ``_hf_rotation``, configs and frequencies in ``_hf_scaling``, exact
+tables in ``_hf_exact``.
 transformers and torch are imported inside functions only.
 """
 
@@ -13,8 +14,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from . import _hf_rotation, _hf_scaling
-from ._check import must, one_of, real_number, whole_number
+from . import _hf_exact, _hf_rotation, _hf_scaling
+from ._check import must, whole_number
+from ._scaling_check import read_strictly
 
 __all__ = ["FAMILIES", "Family", "Handle", "Report", "patch"]
 
@@ -62,11 +64,12 @@ def patch(
     """Speed up a transformers model bit for bit, or extend its context, until undone.
 
     Without `scaling`, `max_position_embeddings` and `exact` no bit of any output
-    changes, except that a NaN is always the same one.  The rotation of q and k is then
+    changes, except that a NaN is always the same one; nor does a gradient. The rotation
+    of q and k, in float32, bfloat16, float16 and float64, forward and backward, is then
     done by posenc for every model of the same family in this process, because
-    transformers keeps that function in a module; what posenc cannot do (gradients,
-    16-bit types, other devices, torch.compile) the original does, and `Handle.report`
-    counts it.
+    transformers keeps that function in a module. Under `torch.compile` it is one
+    operator of the graph. What posenc cannot do (other devices, tables of another type
+    than q, exported programs) the original does, and `Handle.report` counts it.
 
     Parameters
     ----------
@@ -74,22 +77,28 @@ def patch(
         A model with a ``LlamaRotaryEmbedding``.  None: the models that are built or
         loaded from now to the undo; models that exist keep their frequencies.
     scaling : dict, optional
-        A rope type in the spelling of transformers: ``{'rope_type': 'default'}``,
-        ``{'rope_type': 'linear', 'factor': 4}``, or ours,
-        ``{'rope_type': 'ntk', 'alpha': 8}``, which makes the base
-        ``rope_theta * alpha ** (d / (d - 2))`` for d rotated channels. It replaces the
-        model's own rope type and keeps its ``rope_theta``, unless it names one. The
-        old spelling ``'type'`` is read too; ``'original_max_position_embeddings'``
-        may stand there, but none of these types uses it.
+        A rope type with its numbers, as in a config of transformers, of any version:
+        ``{'rope_type': 'yarn', 'factor': 4}``; the types and their numbers are those of
+        `posenc.rope_inv_freq`. It replaces the model's own rope type and keeps its
+        ``rope_theta`` and partial factor, unless it names them. A missing
+        ``'original_max_position_embeddings'`` is the model's
+        ``max_position_embeddings`` before the patch; a missing ``'factor'`` of yarn,
+        ntk_by_parts and longrope is the new one over it.
     max_position_embeddings : int, optional
         The length for the model's config.
     exact : bool, default False
         Compute frequencies in float64 from the config, and tables that are exact for
         them at any position but for the rounding to float32, or to float64 in a float64
-        model; those of a 16-bit model are rounded from float32.  For the types default,
-        linear and ntk.
+        model; those of a 16-bit model are rounded from float32.  For all types but
+        dynamic, whose frequencies depend on the lengths of earlier calls.
     inplace : bool, default False
-        Not available yet.
+        Write the rotated q and k where q and k lie, if no gradient is needed and no
+        other tensor holds that memory: the same bits, with less of it. In a model it
+        is the fresh output of a projection, which attention does not look at again. It
+        is left alone if a hook or a residual still holds that output, or a slice of it,
+        as that of a fused projection. Who calls ``apply_rotary_pos_emb`` directly finds
+        q and k changed. It holds for all models in this process; compiled ones decide
+        for themselves what they overwrite.
 
     Returns
     -------
@@ -121,12 +130,18 @@ def patch(
     that names a scaling, or a length, decides it, always from the model's own settings.
 
     Until the undo, the model's config holds the equal setting that transformers
-    itself understands (ntk is ``default`` with a larger ``rope_theta``), so
+    itself understands (ntk is ``default`` with a larger ``rope_theta``; ntk_by_parts is
+    ``llama3``, which is the same formula, with the betas as its bands), so
     ``save_pretrained`` gives a model that loads anywhere. A config that several models
     share changes for all of them; of their frequencies, those of the patched one, and
     what transformers computes anew meanwhile (a dynamic type that grows). The undo
     gives everything back, also to models that were built under the patch. A model that
     was saved under a scaling and is loaded under the same one is scaled twice.
+
+    Under dynamic and longrope transformers itself changes the frequencies with the
+    length it reads, as it does in any model. Dynamic counts from the config's
+    ``max_position_embeddings``, so this cannot be raised with it, and another trained
+    length is given as ``max_position_embeddings``.
 
     A deep copy of a patched model keeps the scaling and the length as its own, which
     undoing a patch of the copy gives back; a new scaling still starts from the settings
@@ -139,8 +154,7 @@ def patch(
     .. [2] S. Chen et al., "Extending Context Window of Large Language Models via
        Positional Interpolation", 2023, eq. 4. https://arxiv.org/abs/2306.15595
     .. [3] B. Peng et al., "YaRN: Efficient Context Window Extension of Large Language
-       Models", 2023, definition 1 ("NTK-aware" interpolation).
-       https://arxiv.org/abs/2309.00071
+       Models", 2023, definitions 1 to 3. https://arxiv.org/abs/2309.00071
 
     Examples
     --------
@@ -162,7 +176,7 @@ def patch(
     request = _hf_scaling.Request(_check_scaling(scaling), length, exact)
     _check_model(model)
     with _hf_scaling.lock:
-        handle = Handle(request)
+        handle = Handle(request, inplace)
         try:
             handle._patch_classes() if model is None else handle._patch_model(model)
         except BaseException:
@@ -205,15 +219,11 @@ class Report:
 
 
 def _warning(counts):
-    """Say loudly what the user hardly meant: nothing served, or gradients on."""
-    total, ours = counts.total(), counts.pop("posenc", 0)
-    if total and not ours:
-        [(reason, _)] = counts.most_common(1)
-        return [f"  WARNING: NOTHING WAS FASTER in {total} calls: {reason}"]
-    if n_call := counts[_hf_rotation.GRADIENTS]:
-        text = f"{n_call} of {total} calls were not faster: {_hf_rotation.GRADIENTS}"
-        return [f"  WARNING: {text}"]
-    return []
+    """Say loudly what the user hardly meant: that nothing was served."""
+    if not counts or "posenc" in counts:
+        return []
+    [(reason, _)] = counts.most_common(1)
+    return [f"  WARNING: NOTHING WAS FASTER in {counts.total()} calls: {reason}"]
 
 
 def _count_lines(title, counts):
@@ -230,8 +240,8 @@ class Handle:
     keeps the handle.
     """
 
-    def __init__(self, request):
-        self._request, self._active = request, True
+    def __init__(self, request, inplace):
+        self._request, self._inplace, self._active = request, inplace, True
         self._replacements, self._replaced, self._left_alone = [], [], []
         self._before, self._after = _hf_rotation.tally.copy(), None
 
@@ -267,14 +277,14 @@ class Handle:
                 return
             self._active, self._after = False, _hf_rotation.tally.copy()
             _hf_scaling.drop_everywhere(self._request)
-            problems = [each.release() for each in self._replacements]
+            problems = [each.release(self._inplace) for each in self._replacements]
             self._left_alone += filter(None, problems)
 
     def _replace(self, owner, name, make, check=None):
         replacement = _hf_rotation.Replacement.at(owner, name, make)
         if check is not None:
             check(replacement)
-        replacement.acquire()
+        replacement.acquire(self._inplace)
         self._replacements.append(replacement)
         return replacement
 
@@ -322,7 +332,7 @@ class Handle:
             self._replaced.append(f"config.rope_parameters: {parameters}")
             self._replaced.append(f"config.max_position_embeddings: {length}")
         if self._request.exact:
-            _hf_scaling.check_exact(name, module)
+            _hf_exact.check_exact(name, module)
             self._replaced.append(f"{name}.forward: exact tables")
 
 
@@ -372,49 +382,20 @@ def _subjects_of(model, known):
     return list(found.values())
 
 
-_NUMBER_OF_TYPE = {"default": None, "linear": "factor", "ntk": "alpha"}
-_COMMON_KEYS = ("rope_type", "rope_theta", "original_max_position_embeddings")
-
-
 def _check_scaling(scaling):
-    """Return a copy with 'rope_type' and plain floats, or None."""
+    """Return the rope type and plain numbers of the keys that are given, or None."""
     if scaling is None:
         return None
     if not isinstance(scaling, dict):
         raise TypeError(must("patch", "scaling", "be a dict or None", repr(scaling)))
-    scaling = dict(scaling)
-    old = scaling.pop("type", None)
-    rope_type = scaling.setdefault("rope_type", old)
-    one_of("patch", "scaling['rope_type']", rope_type, _NUMBER_OF_TYPE)
-    if old not in (None, rope_type):
-        rule = f"be the same as its 'rope_type' {rope_type!r}"
-        raise ValueError(must("patch", "scaling['type']", rule, repr(old)))
-    number = _NUMBER_OF_TYPE[rope_type]
-    allowed = (*_COMMON_KEYS, number) if number else _COMMON_KEYS
-    if unknown := [key for key in scaling if key not in allowed]:
-        rule = f"have only the keys {', '.join(allowed)} for {rope_type!r}"
-        raise ValueError(must("patch", "scaling", rule, repr(unknown)))
-    if number:
-        name, rule = f"scaling[{number!r}]", "be a number of at least 1"
-        if number not in scaling:
-            raise ValueError(must("patch", name, rule, "no such key"))
-        scaling[number] = real_number(
-            "patch", name, scaling[number], rule, lambda value: value >= 1
-        )
-    if "rope_theta" in scaling:
-        name, rule = "scaling['rope_theta']", "be a number of more than 1"
-        scaling["rope_theta"] = real_number(
-            "patch", name, scaling["rope_theta"], rule, lambda value: value > 1
-        )
-    return scaling
+    return read_strictly("patch", scaling)
 
 
 def _check_flags(exact, inplace):
     if not isinstance(exact, bool):
         raise TypeError(must("patch", "exact", "be True or False", repr(exact)))
-    if inplace is not False:
-        rule = "be False (rotating in place is not available yet)"
-        raise ValueError(must("patch", "inplace", rule, repr(inplace)))
+    if not isinstance(inplace, bool):
+        raise TypeError(must("patch", "inplace", "be True or False", repr(inplace)))
 
 
 def _check_model(model):

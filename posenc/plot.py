@@ -16,6 +16,9 @@ COLORS = {
     "ntk": "#0072B2",
     "dynamic": "#E69F00",
     "yarn": "#009E73",
+    "ntk_by_parts": "#56B4E9",
+    "llama3": "#CC79A7",
+    "longrope": "#B8A200",  # their yellow is too light for a line
 }
 POINTS_PER_DOUBLING = 4
 FIRST_POSITION = 32

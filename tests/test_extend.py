@@ -13,10 +13,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from posenc import __main__, _extend, _extend_report  # noqa: E402
+from posenc import __main__, _extend, _extend_report, rope_inv_freq  # noqa: E402
 
 TRAINED = 16
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+FACTORS = {
+    "type": "su",
+    "short_factor": [1.0, 1.0, 1.1, 1.2],
+    "long_factor": [1.0, 1.5, 3.0, 4.0],
+}
 # Losses of one model read in other batches or under a mask differ by float32 rounding
 # of sums of a few hundred terms; a wrong mask or frequency changes them by over 1e-2.
 ROUNDING = 1e-4
@@ -61,8 +66,17 @@ def quiet(*args, **options):
 
 
 @pytest.fixture(scope="module")
-def report(tiny, text):
-    return quiet(tiny, text, lengths="16,32,64", n_window=3)
+def factors(tmp_path_factory):
+    """Longrope for the four pairs of the tiny model, as a config.json has it."""
+    path = tmp_path_factory.mktemp("factors") / "config.json"
+    path.write_text(json.dumps({"model_type": "phi3", "rope_scaling": FACTORS}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(tiny, text, factors):
+    methods = ",".join(_extend.METHODS)
+    return quiet(tiny, text, methods, "16,32,64", n_window=3, factors=factors)
 
 
 # --- what is measured ----------------------------------------------------------------
@@ -110,10 +124,41 @@ def windows_of(report):
     return _extend.cut_windows(raw, report.lengths[-1], report.n_window)
 
 
-@pytest.mark.parametrize("method", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("method", _extend.CONFIG_METHODS)
 def test_scaled_methods_change_the_losses(report, method):
     change = report.run(method, 64).loss - report.run("none", 64).loss
     assert np.abs(change).max() > 100 * ROUNDING
+
+
+@pytest.mark.parametrize("method", ["yarn", "ntk_by_parts", "llama3", "longrope"])
+def test_frequencies_are_those_of_rope_inv_freq(report, method, tiny, monkeypatch):
+    setting, config = report.run(method, 64).setting, _extend.load_config(tiny)
+    assert setting["factor"] == 64 / TRAINED
+    model = _extend.load_model(tiny, config)
+    inv_freq, factor = rope_inv_freq(
+        config.head_dim, scaling=setting, seq_len=64, dtype=np.float32
+    )
+    rotary = model.get_submodule("model.rotary_emb")
+    rotary.inv_freq.copy_(torch.from_numpy(inv_freq))
+    rotary.attention_scaling = factor
+    wanted = _extend.token_losses(model, windows_of(report))
+    assert np.abs(report.run(method, 64).loss - wanted).max() < ROUNDING
+
+
+def test_longrope_takes_the_factors_of_the_model_itself(tmp_path, text, factors):
+    own = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **FACTORS}
+    del own["type"]
+    folder = save_tiny(tmp_path / "own", rope_parameters=own)
+    options = {"methods": "longrope", "lengths": "32", "n_window": 1}
+    given = quiet(folder, text, **options, factors=factors)
+    found = quiet(folder, text, **options)
+    assert found.runs[0].setting == given.runs[0].setting
+    assert (found.runs[0].loss == given.runs[0].loss).all()
+
+
+def test_default_methods_are_those_of_the_readme(tiny, text):
+    report = quiet(tiny, text, lengths="16", n_window=1)
+    assert report.methods == ["none", "window", "linear", "ntk", "dynamic", "yarn"]
 
 
 def test_dynamic_uses_the_length_it_reads(report, tiny):
@@ -174,7 +219,7 @@ def test_model_with_a_tokenizer_is_measured_in_perplexity(tmp_path, text):
 def test_model_that_the_patch_does_not_know_goes_without_ntk(tmp_path, text):
     folder = save_tiny(tmp_path / "other", family="Gemma", head_dim=8)
     report = quiet(folder, text, lengths="32", n_window=1)
-    assert report.methods == [m for m in _extend.METHODS if m != "ntk"]
+    assert report.methods == [m for m in _extend.DEFAULT_METHODS if m != "ntk"]
     assert "\nntk left out: patch: model must " in _extend_report.tables(report)
     assert "one window" in _extend_report.conclusion(report)
     assert "(1 window; trained" in _extend_report.tables(report)
@@ -365,13 +410,11 @@ MODEL_RULE = "extend: model must be a folder with a transformers checkpoint; got
         ([""], MODEL_RULE + "''"),
         (
             ["--methods", "none,magic"],
-            "extend: methods must be among none, window, linear, ntk, dynamic, yarn; "
-            "got 'magic'",
+            f"extend: methods must be among {', '.join(_extend.METHODS)}; got 'magic'",
         ),
         (
             ["--methods", " ,"],
-            "extend: methods must be among none, window, linear, ntk, dynamic, yarn; "
-            "got ' ,'",
+            f"extend: methods must be among {', '.join(_extend.METHODS)}; got ' ,'",
         ),
         *(
             (
@@ -384,6 +427,36 @@ MODEL_RULE = "extend: model must be a folder with a transformers checkpoint; got
         (["--threads", "0"], "extend: threads must be at least 1; got 0"),
         (["--alpha", "0.5"], "extend: alpha must be at least 1; got 0.5"),
         (["--alpha", "nan"], "extend: alpha must be at least 1; got nan"),
+        (
+            ["--factors", "empty.txt"],
+            "extend: factors must be left out without longrope among the methods; got "
+            "empty.txt",
+        ),
+        (
+            ["--methods", "longrope"],
+            "extend: factors must be JSON with a short_factor and a long_factor; got "
+            "no --factors FILE",
+        ),
+        (
+            ["--methods", "longrope", "--factors", "nowhere.json"],
+            "extend: factors must be a readable file; got 'nowhere.json' "
+            "(No such file or directory)",
+        ),
+        (
+            ["--methods", "longrope", "--factors", "empty.txt"],
+            "extend: factors must be JSON; got 'empty.txt' (Expecting value: line 1 "
+            "column 1 (char 0))",
+        ),
+        (
+            ["--methods", "longrope", "--factors", "list.json"],
+            "extend: factors must be JSON with a short_factor and a long_factor; got "
+            "'list.json'",
+        ),
+        (
+            ["--methods", "longrope", "--factors", "factors.json"],
+            "extend: scaling['short_factor'] must hold one number per pair, 32; got 4 "
+            "numbers",
+        ),
         (
             ["--plot", "figure.txt"],
             "extend: plot must end in .png, .svg or .pdf; got 'figure.txt'",
@@ -413,6 +486,8 @@ def test_refused(options, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("word " * 20)
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "factors.json").write_text(json.dumps(FACTORS))
     assert refused(capsys, *options) == says
 
 

@@ -18,7 +18,8 @@ from mpmath import mp
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from reference import to_hex, true_cos_sin, true_inv_freq  # noqa: E402
+from reference import to_hex, true_cos_sin  # noqa: E402
+from scalings import true_attention_factor, true_inv_freq  # noqa: E402
 
 SEED = 20240607
 LIMIT = 2.0**31
@@ -206,20 +207,79 @@ def cos_sin_row(position, inv_freq, factor):
     return [position.hex(), inv_freq.hex(), factor.hex(), to_hex(cos), to_hex(sin)]
 
 
-def inv_freq_cases():
-    """Cases of inv_freq.json as keyword arguments of `true_inv_freq`."""
+def plain_cases():
+    """Models without a scaling, and with the ones that have a single number."""
     for theta in (1e4, 5e5, 1e6):
         for dim in (2, 64, 80, 128):
-            yield {"dim": dim, "theta": theta}
-        yield {"dim": 128, "theta": theta, "factor": 4.0}
-        yield {"dim": 96, "theta": theta, "factor": 2.5}
-        yield {"dim": 128, "theta": theta, "alpha": 8.0}
-        yield {"dim": 64, "theta": theta, "alpha": 1.7}
+            yield dim, theta, {"rope_type": "default"}
+        yield 128, theta, {"rope_type": "linear", "factor": 4.0}
+        yield 96, theta, {"rope_type": "linear", "factor": 2.5}
+        yield 128, theta, {"rope_type": "ntk", "alpha": 8.0}
+        yield 64, theta, {"rope_type": "ntk", "alpha": 1.7}
 
 
-def inv_freq_row(case):
+def trained_on(length, rope_type, factor=None, **others):
+    """A scaling dict with the length that the model was trained on."""
+    scaling = {"rope_type": rope_type, "factor": factor, **others}
+    scaling["original_max_position_embeddings"] = length
+    return {key: value for key, value in scaling.items() if value is not None}
+
+
+def model_cases():
+    """Scalings of models that people use, and of transformers' own tests."""
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    yield 128, 5e5, trained_on(8192, "llama3", 8.0, **bands)  # Llama 3.1
+    yield 64, 5e5, trained_on(8192, "llama3", 32.0, **bands)  # Llama 3.2 1B
+    yield 128, 1e4, trained_on(2048, "llama3", 10.0, **bands)
+    deepseek = {"mscale": 1.0, "mscale_all_dim": 1.0}
+    yield 64, 1e4, trained_on(4096, "yarn", 40.0, **deepseek)  # DeepSeek V3
+    deepseek = {"mscale": 0.707, "mscale_all_dim": 0.8}
+    yield 64, 1e4, trained_on(4096, "yarn", 40.0, **deepseek)
+    yield 64, 150000.0, trained_on(4096, "yarn", 32.0, truncate=False)  # GPT-OSS
+    yield 128, 1e6, trained_on(32768, "yarn", 4.0)  # Qwen 2.5 and 3
+    yield 128, 1e4, trained_on(2048, "yarn", 10.0, beta_fast=32.0, beta_slow=1.0)
+    yield 96, 1e4, trained_on(4096, "yarn", 2.5, beta_fast=20.0, beta_slow=1.5)
+    yield 256, 1e4, trained_on(131072, "yarn", 10.0)  # one border past the last pair
+    yield 64, 1e4, trained_on(4096, "yarn", 8.0, attention_factor=0.7)
+    yield 128, 1e4, trained_on(4096, "ntk_by_parts", 8.0)
+    yield 80, 5e5, trained_on(8192, "ntk_by_parts", 2.5, beta_fast=20.0, beta_slow=2.0)
+    yield 512, 1e6, {"rope_type": "proportional", "partial_rotary_factor": 0.25}
+    part = {"partial_rotary_factor": 0.3, "factor": 8.0}
+    yield 80, 1e4, {"rope_type": "proportional", **part}
+    yield 64, 1e4, {"rope_type": "proportional"}
+
+
+def length_cases():
+    """Scalings that depend on the length, with one."""
+    for factor, trained, length in (
+        (2.0, 4096, 8192),
+        (10.0, 2048, 16384),
+        (3.3, 4096, 4097),
+        (2.0, 4096, 100),
+    ):
+        lengths = {"max_position_embeddings": trained}
+        yield 128, 1e4, {"rope_type": "dynamic", "factor": factor, **lengths}, length
+    stretch = {
+        "short_factor": [1 + i / 64 for i in range(48)],
+        "long_factor": [1 + 1.3 * i for i in range(48)],
+    }
+    for length in (4096, 4097):
+        yield 96, 1e4, trained_on(4096, "longrope", 32.0, **stretch), length
+    stretch["attention_factor"] = 1.25
+    yield 96, 1e4, trained_on(4096, "longrope", None, **stretch), 131072
+
+
+def inv_freq_row(dim, theta, scaling, seq_len=None):
     """One entry of inv_freq.json: the case, then the nearest double of each value."""
-    return {**case, "inv_freq": [float(v).hex() for v in true_inv_freq(**case)]}
+    inv_freq = true_inv_freq(dim, theta, scaling, seq_len)
+    return {
+        "dim": dim,
+        "theta": theta,
+        "scaling": scaling,
+        "seq_len": seq_len,
+        "attention_factor": float(true_attention_factor(scaling)).hex(),
+        "inv_freq": [float(value).hex() for value in inv_freq],
+    }
 
 
 def write(name, rows):
@@ -236,7 +296,8 @@ def main():
         nearest = min(distance(*case[:2]) for case in cases)
         print(f"{len(cases):4d} {name}; nearest to zero {mp.nstr(nearest, 3)}")
     write("cos_sin.json", rows)
-    write("inv_freq.json", [inv_freq_row(case) for case in inv_freq_cases()])
+    cases = (*plain_cases(), *model_cases(), *length_cases())
+    write("inv_freq.json", [inv_freq_row(*case) for case in cases])
 
 
 if __name__ == "__main__":
