@@ -160,6 +160,7 @@ typedef struct {
     int layout, axis, rounding;
     npy_intp start;
     bool adjoint;
+    bool is_twin; /* the call is transformers', with its shapes and types */
 } rope_options;
 
 /* One rotation: its operands, and the result it will give. */
@@ -241,14 +242,19 @@ fit_together(int x_type, int table_type)
 /* Take x and where its rotation goes: `out`, or a new array in x's memory order.
  * Returns as take_positions does. */
 static int
-take_operand(PyObject *x, PyObject *out, const table *t, npy_intp start, rotation *r)
+take_operand(PyObject *x, PyObject *out, const table *t, const rope_options *options,
+             rotation *r)
 {
     if (!view_of(x, &r->x) || r->x.n_axis == 0 || r->x.type >= N_REAL ||
         !fit_together(r->x.type, t->cos.type)) {
         return 0;
     }
     npy_intp head_dim = last_of(&r->x, r->x.shape);
-    start += start < 0 ? head_dim : 0;
+    if (options->is_twin && (r->x.n_axis != 4 || t->cos.n_axis != 3 ||
+                             r->x.type != t->cos.type || head_dim != 2 * t->n_pair)) {
+        return 0;
+    }
+    npy_intp start = options->start + (options->start < 0 ? head_dim : 0);
     if (start < 0 || start > head_dim || t->n_pair > (head_dim - start) / 2) {
         return 0;
     }
@@ -321,7 +327,7 @@ rotate_all(rotation *r, int n, PyObject *const *x, PyObject *const *out, const t
     size_t n_byte = 0;
     npy_intp size = 0;
     for (int i = 0; i < n; i++) {
-        int status = take_operand(x[i], out[i], t, options->start, &r[i]);
+        int status = take_operand(x[i], out[i], t, options, &r[i]);
         if (status != 1) {
             return status;
         }
@@ -486,6 +492,77 @@ rope_qk(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     return finish(status, r, 2, &t);
 }
 
+/* True if both halves of every row hold the same bits: transformers' tables have each
+ * value twice. */
+static bool
+has_twin_halves(const view *v)
+{
+    npy_intp item = item_size(v->type), index[NPY_MAXDIMS] = {0};
+    npy_intp n_byte = last_of(v, v->shape) / 2 * item;
+    if (last_of(v, v->step) != item || last_of(v, v->shape) % 2 != 0) {
+        return false;
+    }
+    const char *row = v->data;
+    for (npy_intp left = size_of(v); left > 0; left -= 2 * n_byte / item) {
+        if (memcmp(row, row + n_byte, (size_t)n_byte) != 0) {
+            return false;
+        }
+        for (int i = v->n_axis - 2; i >= 0; i--) {
+            row += v->step[i];
+            if (++index[i] < v->shape[i]) {
+                break;
+            }
+            row -= index[i] * v->step[i];
+            index[i] = 0;
+        }
+    }
+    return true;
+}
+
+/* halves_agree(cos, sin): whether the halves of both tables do, bit for bit. */
+static PyObject *
+halves_agree(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
+{
+    if (!has_arguments("halves_agree", n_arg, 2)) {
+        return NULL;
+    }
+    table t = {.positions = NULL};
+    if (take_planar_table(args[0], args[1], Py_None, &t) != 1) {
+        Py_RETURN_NOTIMPLEMENTED;
+    }
+    return PyBool_FromLong(has_twin_halves(&t.cos) && has_twin_halves(&t.sin));
+}
+
+/* rope_qk_twin(q, k, cos, sin, layout, axis, out): what transformers'
+ * apply_rotary_pos_emb does, rounded as there, if its tables have twin halves. */
+static PyObject *
+rope_qk_twin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
+{
+    if (!has_arguments("rope_qk_twin", n_arg, 7)) {
+        return NULL;
+    }
+    table t = {.positions = NULL};
+    rotation r[2];
+    r[0].result = r[1].result = NULL;
+    rope_options options = {.rounding = ROUND_EAGER, .is_twin = true};
+    PyObject *out[2];
+    long axis;
+    int status = take_layout(args[4], &options) && take_pair(args[6], out) &&
+                 take_int(args[5], -NPY_MAXDIMS, NPY_MAXDIMS, &axis);
+    if (status == 1) {
+        options.axis = (int)axis;
+        status = take_planar_table(args[2], args[3], Py_None, &t);
+    }
+    if (status == 1) {
+        t.n_pair /= 2;
+        status = has_twin_halves(&t.cos) && has_twin_halves(&t.sin);
+    }
+    if (status == 1) {
+        status = rotate_all(r, 2, &args[0], out, &t, &options);
+    }
+    return finish(status, r, 2, &t);
+}
+
 /* rope_complex(x, cis, axis, positions, adjoint, out, rounding, start) */
 static PyObject *
 rope_complex(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
@@ -590,6 +667,8 @@ PyMethodDef array_methods[] = {
      "(x, cos, sin, layout, axis, positions, adjoint, out, rounding, start)"},
     {"rope_qk_arrays", FASTCALL(rope_qk),
      "(q, k, cos, sin, layout, axis, positions, adjoint, out, rounding, start)"},
+    {"rope_qk_twin", FASTCALL(rope_qk_twin), "(q, k, cos, sin, layout, axis, out)"},
+    {"halves_agree", FASTCALL(halves_agree), "(cos, sin)"},
     {"rope_complex_arrays", FASTCALL(rope_complex),
      "(x, cis, axis, positions, adjoint, out, rounding, start)"},
     {"cos_sin_arrays", FASTCALL(cos_sin),

@@ -10,9 +10,13 @@
 #include "dlpack.h"
 
 /* Results of more bytes ask for huge pages: by then the page faults of fresh memory
- * cost more than the arithmetic. */
+ * cost more than the arithmetic.  Those that malloc maps anew each time, as glibc does
+ * from 32 MB on, also start at one; below that it would keep malloc from using memory
+ * again. */
 #define MIN_HUGE_SIZE ((size_t)4 << 20)
+#define MIN_MAPPED_SIZE ((size_t)32 << 20)
 #define HUGE_PAGE ((size_t)2 << 20)
+#define PAGE ((size_t)4096)
 #define CACHE_LINE ((size_t)64)
 
 /* NumPy's number for ml_dtypes.bfloat16. */
@@ -23,6 +27,7 @@ static struct {
     PyTypeObject *tensor, *parameter;
     const DLPackExchangeAPI *exchange;
     PyObject *requires_grad, *is_neg, *is_conj, *increment_version;
+    PyObject *forward_mode, *current_level; /* a module's dict, and a name in it */
 } torch;
 
 int
@@ -192,6 +197,10 @@ find_torch(void)
         torch.is_neg = PyObject_GetAttrString(tensor, "is_neg");
         torch.is_conj = PyObject_GetAttrString(tensor, "is_conj");
         torch.increment_version = PyObject_GetAttrString(base, "_increment_version");
+        PyObject *forward = PyImport_ImportModule("torch.autograd.forward_ad");
+        torch.forward_mode = forward ? Py_NewRef(PyModule_GetDict(forward)) : NULL;
+        torch.current_level = PyUnicode_InternFromString("_current_level");
+        Py_XDECREF(forward);
     }
     Py_XDECREF(base);
     Py_XDECREF(nn);
@@ -217,6 +226,17 @@ is_no(PyObject *answer)
     }
     Py_DECREF(answer);
     return answer == Py_False;
+}
+
+/* True within a level of forward-mode derivatives, or if that cannot be told: tensors
+ * may then carry tangents. */
+static bool
+may_have_tangent(void)
+{
+    PyObject *level = PyDict_GetItemWithError(torch.forward_mode, torch.current_level);
+    long value = level != NULL ? PyLong_AsLong(level) : 0;
+    PyErr_Clear();
+    return value >= 0;
 }
 
 /* What the exchange protocol lets through in silence. */
@@ -273,7 +293,7 @@ view_of(PyObject *object, view *seen)
     }
     bool is_tensor =
         Py_IS_TYPE(object, torch.tensor) || Py_IS_TYPE(object, torch.parameter);
-    return is_tensor && view_of_tensor(object, seen);
+    return is_tensor && !may_have_tangent() && view_of_tensor(object, seen);
 }
 
 PyObject *
@@ -303,20 +323,30 @@ free_tensor(DLManagedTensorVersioned *managed)
     free(managed);
 }
 
+/* Let huge pages back the whole pages of fresh memory. */
+static void
+ask_for_huge_pages(char *memory, size_t size)
+{
+#ifdef MADV_HUGEPAGE
+    size_t skipped = (0 - (size_t)(uintptr_t)memory) % PAGE;
+    if (size >= MIN_HUGE_SIZE) {
+        madvise(memory + skipped, size - skipped, MADV_HUGEPAGE);
+    }
+#else
+    (void)memory, (void)size;
+#endif
+}
+
 static owned_tensor *
 allocate_tensor(size_t n_byte)
 {
     void *memory = NULL;
     size_t size = HEADER_SIZE + n_byte;
-    size_t alignment = n_byte >= MIN_HUGE_SIZE ? HUGE_PAGE : CACHE_LINE;
+    size_t alignment = size >= MIN_MAPPED_SIZE ? HUGE_PAGE : CACHE_LINE;
     if (size < n_byte || posix_memalign(&memory, alignment, size) != 0) {
         return NULL;
     }
-#ifdef MADV_HUGEPAGE
-    if (alignment == HUGE_PAGE) {
-        madvise(memory, size, MADV_HUGEPAGE);
-    }
-#endif
+    ask_for_huge_pages(memory, size);
     return memory;
 }
 

@@ -35,7 +35,16 @@ def obstacle(tensor):
         return "a lazily negated tensor (of it: its resolve_neg())"
     if tensor.is_conj():
         return "a lazily conjugated tensor (of it: its resolve_conj())"
+    if _has_tangent(tensor):
+        return "a dual tensor of forward-mode derivatives"
     return None
+
+
+def _has_tangent(tensor):
+    forward_ad = _torch().autograd.forward_ad
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def needs_gradient(tensor):
