@@ -414,6 +414,16 @@ def test_lazy_conjugates_are_refused_and_their_copies_taken():
     assert torch.equal(got, posenc.rope_complex(x, cis, adjoint=True))
 
 
+def test_tensors_with_a_tangent_are_refused_and_others_taken_beside_them():
+    x, (cos, sin) = random((3, 5, 16)), table(5, 8)
+    want = posenc.rope(x, cos, sin)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(TypeError, match=r"got a dual tensor of forward-mode deriv"):
+            posenc.rope(dual, cos, sin)
+        assert torch.equal(posenc.rope(x, cos, sin), want)
+
+
 def test_inside_function_transforms_tensors_are_refused():
     x, (cos, sin) = random((3, 5, 16)), table(5, 8)
     rule = "^rope: x must be a plain CPU tensor; got a tensor without memory"
