@@ -457,7 +457,7 @@ rope(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     table t = {.positions = NULL};
     rotation r;
     r.result = NULL;
-    rope_options options;
+    rope_options options = {.is_twin = false};
     int status = take_layout(args[3], &options) &&
                  take_options(args[4], args[6], args[8], args[9], &options);
     if (status == 1) {
@@ -479,7 +479,7 @@ rope_qk(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     table t = {.positions = NULL};
     rotation r[2];
     r[0].result = r[1].result = NULL;
-    rope_options options;
+    rope_options options = {.is_twin = false};
     PyObject *out[2];
     int status = take_layout(args[4], &options) && take_pair(args[8], out) &&
                  take_options(args[5], args[7], args[9], args[10], &options);
