@@ -21,6 +21,9 @@
 #define MULTIPLY_ADD(a, b, c) _mm256_fmadd_pd(a, b, c)
 #define STREAM(to, value) _mm256_stream_si256((__m256i *)(to), (__m256i)(value))
 #define STREAM_HALF(to, half) _mm_stream_si128((__m128i *)(to), (__m128i)(half))
+#define ANY_WIDE(value) (!_mm256_testz_si256((__m256i)(value), (__m256i)(value)))
+#define TAKE_PRODUCT_WIDE(v, a, b) \
+    ((vec_wide)_mm256_fnmadd_ps((__m256)(a), (__m256)(b), (__m256)(v)))
 #define FENCE() _mm_sfence()
 #define HALF_TO_FLOAT_WIDE(half) _mm256_cvtph_ps((__m128i)(half))
 #define FLOAT_TO_HALF_WIDE(value) \

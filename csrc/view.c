@@ -434,8 +434,11 @@ tensor_type(int type)
 static PyObject *
 new_tensor_like(const view *x, view *result)
 {
-    npy_intp item = item_size(x->type);
-    owned_tensor *tensor = allocate_tensor((size_t)(size_of(x) * item));
+    npy_intp item = item_size(x->type), n_byte;
+    owned_tensor *tensor = NULL;
+    if (!__builtin_mul_overflow(size_of(x), item, &n_byte)) {
+        tensor = allocate_tensor((size_t)n_byte);
+    }
     if (tensor == NULL) {
         return PyErr_NoMemory();
     }

@@ -3,7 +3,6 @@ from types import NotImplementedType
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 cos_sin: Final[np.ufunc]
 rope_complex: Final[np.ufunc]
@@ -20,10 +19,12 @@ def rope_arrays(
     layout: Any,
     axis: Any,
     positions: Any,
-    adjoint: bool,
+    adjoint: Any,
     out: Any,
+    rounding: Any,
+    start: Any,
     /,
-) -> NDArray[Any] | NotImplementedType: ...
+) -> Any | NotImplementedType: ...
 def rope_qk_arrays(
     q: Any,
     k: Any,
@@ -32,14 +33,27 @@ def rope_qk_arrays(
     layout: Any,
     axis: Any,
     positions: Any,
-    adjoint: bool,
-    q_out: Any,
-    k_out: Any,
+    adjoint: Any,
+    out: Any,
+    rounding: Any,
+    start: Any,
     /,
-) -> tuple[NDArray[Any], NDArray[Any]] | NotImplementedType: ...
+) -> tuple[Any, Any] | NotImplementedType: ...
+def rope_qk_twin(
+    q: Any, k: Any, cos: Any, sin: Any, layout: Any, axis: Any, out: Any, /
+) -> tuple[Any, Any] | NotImplementedType: ...
+def halves_agree(cos: Any, sin: Any, /) -> bool | NotImplementedType: ...
 def rope_complex_arrays(
-    x: Any, cis: Any, axis: Any, positions: Any, adjoint: bool, out: Any, /
-) -> NDArray[Any] | NotImplementedType: ...
+    x: Any,
+    cis: Any,
+    axis: Any,
+    positions: Any,
+    adjoint: Any,
+    out: Any,
+    rounding: Any,
+    start: Any,
+    /,
+) -> Any | NotImplementedType: ...
 def cos_sin_arrays(
     positions: Any,
     inv_freq: Any,

@@ -7,11 +7,10 @@ Imports torch, so only functions of ``_hf_rotation`` import this.
 # SPDX-License-Identifier: BSD-3-Clause
 
 import sys
-import weakref
 
 import torch
 
-from ._core import rope_qk_arrays
+from ._core import halves_agree, rope_qk_twin
 from ._hf_rotation import tally
 from ._torch_ops import (
     Rows,
@@ -20,6 +19,7 @@ from ._torch_ops import (
     fresh,
     register,
     spare_gradients,
+    transformed,
     undisturbed,
 )
 from ._torch_ops import rotate as rotate_with_gradients
@@ -27,86 +27,35 @@ from ._torch_ops import rotate as rotate_with_gradients
 HALVES = "the halves of cos or sin differ"
 SERVED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DENSE = torch.strided
 _AXIS = {1: -2, 2: -3}
-
-
-# --- tables --------------------------------------------------------------------------
-
-
-class _Halves:
-    """The first halves of a pair of tables, and arrays to compare all halves by."""
-
-    def __init__(self, cos, sin):
-        self._tables = weakref.ref(cos, _forget), weakref.ref(sin, _forget)
-        self._memory = cos.data_ptr(), sin.data_ptr(), cos.shape, sin.shape
-        n_pair = cos.shape[-1] // 2
-        views, self._words = [], []
-        for table in (cos.detach(), sin.detach()):
-            views.append(table[..., :n_pair])
-            words = table.view(_WORD[table.itemsize]).numpy()
-            self._words.append((words[..., :n_pair], words[..., n_pair:]))
-        self._views = tuple(views)
-
-    def are_of(self, cos, sin):
-        """Tell whether these are the tables, in the memory they had."""
-        known_cos, known_sin = self._tables
-        return (
-            known_cos() is cos
-            and known_sin() is sin
-            and self._memory == (cos.data_ptr(), sin.data_ptr(), cos.shape, sin.shape)
-        )
-
-    def views(self):
-        """Return the first halves, or None if the second hold other bits.
-
-        Asked in every call, though all layers share their tables: a write through
-        ``.data`` or a NumPy view leaves no trace.
-        """
-        for first, second in self._words:
-            if first.tobytes() != second.tobytes():
-                return None
-        return self._views
-
-
-_known = None  # the halves of the tables seen last, which all layers of a model share
-
-
-def _forget(_table):
-    global _known
-    _known = None
-
-
-def halves(cos, sin):
-    """Return the first halves of the tables, or None if their halves differ."""
-    global _known
-    known = _known
-    if known is None or not known.are_of(cos, sin):
-        if not (cos.is_cpu and sin.is_cpu):
-            return None
-        known = _known = _Halves(cos, sin)
-    return known.views()
-
-
-# --- rotations -----------------------------------------------------------------------
 
 
 def rotate(q, k, cos, sin, unsqueeze_dim, layout, inplace=False):
     """Rotate plain tensors by the shortest way; None: another way must be found."""
-    if not _PLAIN.issuperset((type(q), type(k), type(cos), type(sin))):
+    if not undisturbed() or not _PLAIN.issuperset((type(q), type(k))):
         return None
-    if cos.requires_grad or sin.requires_grad or not undisturbed():
+    if q.dim() != 4 or k.dim() != 4 or q.layout is not _DENSE or k.layout is not _DENSE:
         return None
-    if not fits(q, k, cos, sin, unsqueeze_dim):
-        return None
-    first = halves(cos, sin)
-    if first is None:
+    axis = _AXIS.get(unsqueeze_dim)
+    if axis is None or not (order_fits(q) and order_fits(k)):
         return None
     out = (q, k) if inplace and is_alone(q) and is_alone(k) else None
-    result = rope_qk_arrays(
-        q, k, *first, layout, _AXIS[unsqueeze_dim], None, False, out, "eager", 0
-    )
+    result = rope_qk_twin(q, k, cos, sin, layout, axis, out)
     return None if result is NotImplemented else result
+
+
+def halves(cos, sin):
+    """Return the first halves of the tables, or None if the second hold other bits.
+
+    Asked in every call, though all layers share their tables: a write through ``.data``
+    or a NumPy view leaves no trace.
+    """
+    cos, sin = cos.detach(), sin.detach()
+    if halves_agree(cos, sin) is not True:
+        return None
+    n_pair = cos.shape[-1] // 2
+    return cos[..., :n_pair], sin[..., :n_pair]
 
 
 def rotate_differentiably(q, k, cos, sin, unsqueeze_dim, layout):
@@ -171,7 +120,7 @@ def _holders(x):
 def _count_alone():
     """Return `_holders` of tensors that nobody else holds, as this torch counts."""
     with torch.no_grad():
-        own, view = torch.zeros(2), torch.zeros(2)[:1]
+        own, view = torch.zeros(2, device="cpu"), torch.zeros(2, device="cpu")[:1]
     return {_holders(own), _holders(view)}
 
 
@@ -190,7 +139,8 @@ def can_join(q, k, cos, sin, unsqueeze_dim, layout):
     """Tell whether a traced call may become our operator."""
     return (
         layout == "half"
-        and not torch.compiler.is_exporting()
+        and not (torch.compiler.is_exporting() or transformed())
+        and type(q) is type(k) is type(cos) is type(sin) is torch.Tensor
         and q.device.type == k.device.type == cos.device.type == "cpu"
         and fits(q, k, cos, sin, unsqueeze_dim)
         and not (cos.requires_grad or sin.requires_grad)

@@ -58,6 +58,8 @@ def as_numpy(tensor):
     Raises RuntimeError if it has no memory, TypeError if NumPy lacks its dtype.
     """
     torch = _torch()
+    if tensor.numel() and not tensor.untyped_storage().data_ptr():
+        raise RuntimeError("its storage is empty")  # NumPy would give it other memory
     if tensor.requires_grad:  # else as it is: transforms wrap what is detached in them
         tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:

@@ -16,7 +16,7 @@ from ._rope import rope, rope_qk, rope_table
 _is_compiling = torch.compiler.is_dynamo_compiling
 _is_tracing = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
-_transform = torch._C._functorch.peek_interpreter_stack
+_level = torch._C._functorch.maybe_current_level
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _HALF_SIZED = (torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -28,9 +28,18 @@ def undisturbed():
         _is_compiling()
         or _modes()
         or forward_ad._current_level >= 0
-        or _transform() is not None
+        or _level() is not None
         or _is_tracing()
     )
+
+
+def transformed():
+    """Tell whether ``torch.func`` or forward mode wants more than autograd does.
+
+    Dynamo does not follow this question into ``torch.func``, but breaks its graph
+    there: loud or slow, but not wrong.
+    """
+    return _level() is not None or forward_ad._current_level >= 0
 
 
 class Turn(NamedTuple):
@@ -58,7 +67,8 @@ class Rows(NamedTuple):
         """Return the row of each token, (T,) or (B, T); None: one after the other."""
         if self.offset is None and self.cu_seqlens is None:
             return self.positions
-        token = torch.arange(n_token)
+        given = self.offset if self.cu_seqlens is None else self.cu_seqlens
+        token = torch.arange(n_token, device=given.device)
         if self.cu_seqlens is None:
             return token + self.offset[..., None]
         sequence = torch.searchsorted(self.cu_seqlens, token, right=True) - 1
@@ -215,19 +225,17 @@ _TABLE = register(
 
 def rotate(xs, cos, sin, rows, turn):
     """Rotate one or two tensors, with every derivative that is asked for."""
-    transformed = not _is_compiling() and (
-        _transform() is not None or forward_ad._current_level >= 0
-    )
+    is_transformed = transformed()
     needed = [t.requires_grad for t in (cos, sin, *xs)]
-    if not transformed and not (torch.is_grad_enabled() and any(needed)):
+    if not is_transformed and not (torch.is_grad_enabled() and any(needed)):
         return _apply(xs, cos, sin, rows, turn)
-    if transformed or any(needed[:2]):
+    if is_transformed or any(needed[:2]):
         cos, sin = (_full_rank(t, xs[0], rows, turn.axis) for t in (cos, sin))
         rows = Rows()
     if len(xs) == 2 and xs[0] is xs[1]:  # which Dynamo does not take
         xs = xs[0], xs[1].view_as(xs[1])
-    function = _Transformed if transformed else _Rotation
-    return function.apply(turn, cos, sin, *rows, *xs)
+    apply = _apply_transformed if is_transformed else _Rotation.apply
+    return apply(turn, cos, sin, *rows, *xs)
 
 
 def _full_rank(table, x, rows, axis):
@@ -353,6 +361,11 @@ class _Table(torch.autograd.Function):
         positions, cos, sin = ctx.saved_tensors
         turned = (of_sin * cos - of_cos * sin) * positions[..., None]
         return None, turned.flatten(0, -2).sum(0), None, None, None
+
+
+@torch.compiler.disable(reason="compilers know nothing of forward mode")
+def _apply_transformed(*arguments):
+    return _Transformed.apply(*arguments)
 
 
 def _pairs(x, table, turn):

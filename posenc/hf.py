@@ -64,12 +64,14 @@ def patch(
     """Speed up a transformers model bit for bit, or extend its context, until undone.
 
     Without `scaling`, `max_position_embeddings` and `exact` no bit of any output
-    changes, except that a NaN is always the same one; nor does a gradient. The rotation
-    of q and k, in float32, bfloat16, float16 and float64, forward and backward, is then
-    done by posenc for every model of the same family in this process, because
-    transformers keeps that function in a module. Under `torch.compile` it is one
-    operator of the graph. What posenc cannot do (other devices, tables of another type
-    than q, exported programs) the original does, and `Handle.report` counts it.
+    changes, except that a NaN is always the same one, and none of a gradient but the
+    sign of a zero. The rotation of q and k, in float32, bfloat16, float16 and float64,
+    forward and backward, is then done by posenc for every model of the same family in
+    this process, because transformers keeps that function in a module. Under
+    `torch.compile` it is one operator of the graph, with the bits of eager, where
+    inductor by itself rounds 16-bit numbers less often. What posenc cannot do (other
+    devices, tables of another type than q, exported programs) the original does, and
+    `Handle.report` counts it.
 
     Parameters
     ----------

@@ -265,7 +265,7 @@ def _as_tensor(function, name, value):
     if isinstance(value, torch.Tensor):
         return value
     try:
-        return torch.as_tensor(value)
+        return torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         rule = "be a torch.Tensor or an array that torch can read"
         raise TypeError(must(function, name, rule, type(value).__name__)) from None
@@ -280,8 +280,7 @@ def _check_tensor(function, name, tensor):
         rule, got = "be on the CPU", f"a tensor on {tensor.device}"
         raise TypeError(must(function, name, rule, got))
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-        kind = f"of layout {tensor.layout}"
-        kind = "quantized" if tensor.is_quantized else kind
+        kind = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
         rule, got = "be a dense tensor", f"one {kind}"
         raise TypeError(must(function, name, rule, got))
 
@@ -461,7 +460,7 @@ class RotaryEmbedding(torch.nn.Module):
             if cu_seqlens is None and isinstance(first, int):
                 if self._keeps_tables() and first >= 0:
                     return self._kept_table(first, first + n_token, dtype)
-                positions = torch.arange(first, first + n_token)
+                positions = torch.arange(first, first + n_token, device=q.device)
             else:
                 positions = _positions(n_token, offset, cu_seqlens)
         elif offset is not None or cu_seqlens is not None:

@@ -3,13 +3,19 @@ The raw gufuncs, for composition and for dask.
 
 They broadcast, take ``out=``, ``axes=`` and ``dtype=``, keep array subclasses, and
 run chunk by chunk on dask arrays. Their functions in `posenc` add names, defaults
-and checks, and are faster on plain arrays.
+and checks, take torch tensors, and are faster on plain arrays.
 
 - ``rope_half(x, cos, sin)``, ``(n),(m),(m)->(n)``: pairs ``(i, i + m)``
 - ``rope_interleaved(x, cos, sin)``, the same: pairs ``(2*i, 2*i + 1)``
 - ``rope_complex(x, cis)``, ``(n),(m)->(n)``: the same pairs by a complex table
 - ``cos_sin(position, inv_freq)``, ``(),(m)->(m),(m)``: exact angles, in the type of
   `inv_freq` unless ``dtype=`` or ``out=`` says other
+
+The rotations take float32 and float64, and float16 or ml_dtypes' bfloat16 data with a
+float32 (complex64) table, or one of their own type: results are then of x's type,
+computed in float32 and rounded once. With other mixtures NumPy takes the first of
+these, in float32, float64 and float16, that all operands can safely be cast to, where
+bfloat16 is among them that of bfloat16 first.
 
 Examples
 --------

@@ -5,13 +5,32 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import reference
+from ml_dtypes import bfloat16
 
 import posenc.ufunc
 
-DTYPES = (np.float32, np.float64)
+
+class Types(NamedTuple):
+    """The type of the data, and that of the table or of its real parts."""
+
+    data: type
+    table: type
+
+    def __str__(self):
+        names = dict.fromkeys(kind.__name__ for kind in self)
+        return " by ".join(names)
+
+
+FLOAT32, FLOAT64 = Types(np.float32, np.float32), Types(np.float64, np.float64)
+PLAIN = (FLOAT32, FLOAT64)
+# In the order in which NumPy is told of the loops, bfloat16's apart.
+SHORT_BY_FLOAT32 = (Types(np.float16, np.float32), Types(bfloat16, np.float32))
+SHORT_BY_OWN = (Types(np.float16, np.float16), Types(bfloat16, bfloat16))
+PLANAR = (*PLAIN, *SHORT_BY_FLOAT32, *SHORT_BY_OWN)
 
 # NaN with a sign and a payload, infinities, zeros, subnormals, overflow.
 SPECIAL = {
@@ -32,6 +51,13 @@ SPECIAL = {
         ],
         np.uint64,
     ).view(np.float64),
+    # And signalling NaNs: nothing but integers reads them.
+    np.float16: np.array(
+        [0xFE23, 0x7C01, 0x7C00, 0xFC00, 0x8000, 0, 1, 0x8001, 0x7BFF], np.uint16
+    ).view(np.float16),
+    bfloat16: np.array(
+        [0xFFE5, 0x7F81, 0x7F80, 0xFF80, 0x8000, 0, 1, 0x8001, 0x7F7F], np.uint16
+    ).view(bfloat16),
 }
 
 # The contract of the tables, in ulp.
@@ -59,14 +85,11 @@ def frequency(rng, shape, dtype):
 
 
 def exactly(rotation):
-    """Judge by bits: the reference rounds each product and each sum."""
+    """Judge by bits: the reference tells what is rounded, and when."""
 
     def check(results, operands):
-        kind = np.result_type(*(op.real.dtype for op in operands))
-        kinds = [np.result_type(kind, "c8") if is_complex(op) else kind
-                 for op in operands]  # fmt: skip
-        operands = [op.astype(k) for op, k in zip(operands, kinds, strict=True)]
-        reference.same_bits(results[0], rotation(*operands))
+        native = [op.astype(op.dtype.newbyteorder("=")) for op in operands]
+        reference.same_bits(results[0], rotation(*native))
 
     return check
 
@@ -89,10 +112,6 @@ def within_table_ulp(results, operands):
                 assert error <= TABLE_ULP[cos.dtype], angle
 
 
-def is_complex(array):
-    return array.dtype.kind == "c"
-
-
 @dataclass(frozen=True)
 class Spec:
     """What the contract suite must know about one gufunc."""
@@ -101,6 +120,7 @@ class Spec:
     makers: tuple[Callable, ...]
     check: Callable
     in_place: int  # the operand that `out` may be
+    types: tuple[Types, ...]  # of its loops
 
     @property
     def ufunc(self):
@@ -118,14 +138,14 @@ class Spec:
         inputs, outputs = self.ufunc.signature.split("->")
         return f"{inputs}->{outputs.split('),')[0].rstrip(')')})"
 
-    def operands(self, rng, loops, sizes, dtype):
+    def operands(self, rng, loops, sizes, types):
         """Random operands with the given loop shapes and core sizes."""
         shapes = [
             (*loop, *(sizes[name] for name in core))
             for loop, core in zip(loops, self.cores, strict=False)
         ]
-        makers = zip(self.makers, shapes, strict=True)
-        return [make(rng, shape, dtype) for make, shape in makers]
+        made = zip(self.makers, shapes, (types.data, *[types.table] * 2), strict=False)
+        return [make(rng, shape, dtype) for make, shape, dtype in made]
 
     def call(self, *operands, **options):
         """Call it; the results as a tuple whatever their number."""
@@ -150,20 +170,22 @@ class Spec:
 SPECS = {
     spec.name: spec
     for spec in (
-        Spec("rope_half", (normal, normal, normal), exactly(reference.half), 0),
+        Spec("rope_half", (normal, normal, normal), exactly(reference.half), 0, PLANAR),
         Spec(
             "rope_interleaved",
             (normal, normal, normal),
             exactly(reference.interleaved),
             0,
+            PLANAR,
         ),
         Spec(
             "rope_complex",
             (normal, complex_normal),
             exactly(reference.complex_product),
             0,
+            (*PLAIN, *SHORT_BY_FLOAT32),
         ),
-        Spec("cos_sin", (position, frequency), within_table_ulp, 1),
+        Spec("cos_sin", (position, frequency), within_table_ulp, 1, PLAIN),
     )
 }
 
@@ -183,9 +205,10 @@ def lay_out(array, choose):
     """Copy an array into another memory layout; `choose` picks from a list.
 
     Strides of one, two and minus one elements, C and Fortran order, memory that is
-    not aligned to the element, the other byte order, read-only.
+    not aligned to the element, the other byte order (bfloat16 has none), read-only.
     """
-    kind = array.dtype.newbyteorder(choose(["=", "=", "S"]))
+    orders = ["="] if array.dtype == bfloat16 else ["=", "=", "S"]
+    kind = array.dtype.newbyteorder(choose(orders))
     offset = choose([0, 0, 1, kind.itemsize])
     steps = [choose([1, 1, 2, -1]) for _ in array.shape]
     around = tuple(n * abs(step) for n, step in zip(array.shape, steps, strict=True))

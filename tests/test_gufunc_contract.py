@@ -12,29 +12,34 @@ import warnings
 from pathlib import Path
 
 import gufuncs
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from gufuncs import DTYPES, SPECS, lay_out, sprinkle
+from gufuncs import FLOAT32, SPECS, lay_out, sprinkle
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
+from ml_dtypes import bfloat16
 
 import posenc
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"n": 12, "m": 5}
-INSTRUCTION_SETS = ("baseline", "v3", "v4")
+INSTRUCTION_SETS = ("baseline", "v3", "v4", "v4_bf16")
+LOOPS = [(spec, types) for spec in SPECS.values() for types in spec.types]
 
 every_gufunc = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-every_type = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+every_loop = pytest.mark.parametrize(
+    ("spec", "types"), LOOPS, ids=[f"{spec.name} {types}" for spec, types in LOOPS]
+)
 
 
-def plain(spec, loops=((3, 4),), sizes=SIZES, dtype=np.float32, seed=0):
+def plain(spec, loops=((3, 4),), sizes=SIZES, types=FLOAT32, seed=0):
     """Contiguous operands; one loop shape serves for all."""
     rng = np.random.default_rng(seed)
     loops = loops if len(loops) > 1 else loops * spec.ufunc.nin
-    return spec.operands(rng, loops, sizes, dtype)
+    return spec.operands(rng, loops, sizes, types)
 
 
 def same_results(got, want):
@@ -43,7 +48,7 @@ def same_results(got, want):
 
 
 @st.composite
-def calls(draw, spec, dtype):
+def calls(draw, spec, types):
     """Operands of any loop shapes and memory layouts, and their core sizes."""
     shapes = draw(
         mutually_broadcastable_shapes(
@@ -57,7 +62,7 @@ def calls(draw, spec, dtype):
     n_pair = draw(st.sampled_from([0, 1, 2, 3, 4, 7, 17]))
     sizes = {"m": n_pair, "n": 2 * n_pair + draw(st.integers(0, 3))}
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    operands = spec.operands(rng, loops, sizes, dtype)
+    operands = spec.operands(rng, loops, sizes, types)
     if draw(st.booleans()):
         operands = [sprinkle(rng, op) for op in operands]
     if draw(st.booleans()):
@@ -94,22 +99,20 @@ def test_gufunc_is_a_ufunc_without_frozen_or_missing_dimensions(spec):
 # --- values in any memory ------------------------------------------------------------
 
 
-@every_gufunc
-@every_type
+@every_loop
 @given(data=st.data())
-def test_values_in_any_shape_and_layout(spec, dtype, data):
-    operands, _ = data.draw(calls(spec, dtype))
+def test_values_in_any_shape_and_layout(spec, types, data):
+    operands, _ = data.draw(calls(spec, types))
     before = [op.tobytes() for op in operands]
     results = spec.call(*operands)
     spec.check(results, operands)
     assert before == [op.tobytes() for op in operands]
 
 
-@every_gufunc
-@every_type
+@every_loop
 @given(data=st.data())
-def test_out_in_any_layout_holds_the_result(spec, dtype, data):
-    operands, sizes = data.draw(calls(spec, dtype))
+def test_out_in_any_layout_holds_the_result(spec, types, data):
+    operands, sizes = data.draw(calls(spec, types))
     want = spec.call(*operands)
     out = tuple(
         lay_out(array, lambda options: data.draw(st.sampled_from(options)))
@@ -123,10 +126,9 @@ def test_out_in_any_layout_holds_the_result(spec, dtype, data):
         reference.same_bits(np.asarray(result).astype(wanted.dtype), wanted)
 
 
-@every_gufunc
-@every_type
-def test_huge_steps_between_rows(spec, dtype):
-    operands = plain(spec, dtype=dtype)
+@every_loop
+def test_huge_steps_between_rows(spec, types):
+    operands = plain(spec, types=types)
     apart = []
     for op in operands:
         memory = np.zeros((op.shape[0], 100_003, *op.shape[1:]), op.dtype)
@@ -167,12 +169,11 @@ def test_read_only_operands_are_read(spec):
 # --- the same memory for inputs and outputs ------------------------------------------
 
 
-@every_gufunc
-@every_type
+@every_loop
 @pytest.mark.parametrize("n_pair", [1, 2, 3, 15, 16, 17, 64, 130])
 @pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
-def test_out_may_be_the_input(spec, dtype, n_pair, which):
-    operands = plain(spec, sizes={"n": 2 * n_pair, "m": n_pair}, dtype=dtype)
+def test_out_may_be_the_input(spec, types, n_pair, which):
+    operands = plain(spec, sizes={"n": 2 * n_pair, "m": n_pair}, types=types)
     want = spec.call(*operands)
     out = [None] * spec.ufunc.nout
     out[which] = operands[spec.in_place]
@@ -181,14 +182,13 @@ def test_out_may_be_the_input(spec, dtype, n_pair, which):
     same_results(got, want)
 
 
-@every_gufunc
-@every_type
+@every_loop
 @pytest.mark.parametrize("shift", [1, 3, 12, 13, -1, -12])
-def test_out_may_overlap_the_input(spec, dtype, shift):
-    operands = plain(spec, ((6,),), dtype=dtype)
+def test_out_may_overlap_the_input(spec, types, shift):
+    operands = plain(spec, ((6,),), types=types)
     want = spec.call(*operands)
     given_ = operands[spec.in_place]
-    memory = np.zeros(given_.size + abs(shift), dtype)
+    memory = np.zeros(given_.size + abs(shift), given_.dtype)
     low, high = memory[: given_.size], memory[abs(shift) :]
     source, target = (low, high) if shift > 0 else (high, low)
     operands[spec.in_place] = source.reshape(given_.shape)
@@ -198,10 +198,9 @@ def test_out_may_overlap_the_input(spec, dtype, shift):
     same_results(spec.call(*operands, out=tuple(out)), want)
 
 
-@every_gufunc
-@every_type
-def test_out_may_be_the_input_reversed(spec, dtype):
-    operands = plain(spec, ((6,),), dtype=dtype)
+@every_loop
+def test_out_may_be_the_input_reversed(spec, types):
+    operands = plain(spec, ((6,),), types=types)
     want = spec.call(*operands)
     for mirror in (np.s_[::-1], np.s_[:, ::-1]):
         again = [op.copy() for op in operands]
@@ -210,20 +209,19 @@ def test_out_may_be_the_input_reversed(spec, dtype):
         same_results(spec.call(*again, out=tuple(out)), want)
 
 
-@every_gufunc
-@every_type
-def test_out_may_hold_another_operand(spec, dtype):
+@every_loop
+def test_out_may_hold_another_operand(spec, types):
     """The last operand's memory, and the first one's where it is a column of out."""
     sizes = {"n": 160, "m": 80}
     for index in range(spec.ufunc.nin):
-        operands = plain(spec, ((6,),), sizes, dtype)
+        operands = plain(spec, ((6,),), sizes, types)
         want = spec.call(*operands)
         out = list(spec.fresh(operands, sizes))
-        kind = operands[index].dtype
-        if kind != out[0].dtype:
+        width = operands[index].nbytes // 6 // out[0].itemsize
+        if width > out[0].shape[-1]:
             continue
-        width = operands[index].size // 6
-        column = out[0][:, :width].reshape(operands[index].shape)
+        column = out[0][:, :width].view(operands[index].dtype)
+        column = column.reshape(operands[index].shape)
         assert np.shares_memory(column, out[0])
         column[...] = operands[index]
         operands[index] = column
@@ -233,10 +231,9 @@ def test_out_may_hold_another_operand(spec, dtype):
 # --- keywords of NumPy ---------------------------------------------------------------
 
 
-@every_gufunc
-@every_type
-def test_axes_say_where_the_core_is(spec, dtype):
-    operands = plain(spec, dtype=dtype)
+@every_loop
+def test_axes_say_where_the_core_is(spec, types):
+    operands = plain(spec, types=types)
     want = spec.call(*operands)
     axes = [tuple(range(len(core))) for core in spec.cores]
     moved = [
@@ -247,9 +244,9 @@ def test_axes_say_where_the_core_is(spec, dtype):
     same_results([np.moveaxis(result, 0, -1) for result in got], want)
 
 
-@every_gufunc
-def test_dtype_asks_for_a_wider_computation(spec):
-    operands = plain(spec)
+@every_loop
+def test_dtype_asks_for_a_wider_computation(spec, types):
+    operands = plain(spec, types=types)
     wide = [op.astype(np.result_type(op.dtype, np.float64)) for op in operands]
     got = spec.call(*operands, dtype=np.float64)
     same_results(got, spec.call(*wide))
@@ -289,27 +286,45 @@ def test_cos_sin_narrow_results_of_wide_frequencies():
 # --- types ---------------------------------------------------------------------------
 
 
-def loop_for(*kinds):
-    """The first of the two loops that the types can be cast to safely, or None."""
-    for dtype in DTYPES:
-        if all(np.can_cast(kind, dtype) for kind in kinds):
-            return np.dtype(dtype)
+def result_type(spec, given):
+    """The loop of exactly these types, or the first that they can safely be cast to.
+
+    Loops of bfloat16 come first, but only where there is some; of cos_sin, any type
+    of position will do.
+    """
+    loops = {types: [op.dtype for op in plain(spec, types=types)]
+             for types in spec.types}  # fmt: skip
+    own = [types for types in loops if bfloat16 in types]
+    others = [types for types in loops if bfloat16 not in types]
+    exact = [types for types in loops if loops[types] == given]
+    for types in exact + (own if bfloat16 in given else []) + others:
+        if all(map(np.can_cast, given, loops[types])):
+            return types.data
     return None
 
 
-REAL = ("?", "i1", "u1", "i2", "u2", "i4", "i8", "u8", "f4", "f8")
+REAL = ("?", "i1", "u1", "i2", "u2", "i4", "i8", "u8", "f2", bfloat16, "f4", "f8")
 OTHER = ("F", "D", "g", "O", "M8[s]", "m8[s]", "S4", "U4")
 
 
 @every_gufunc
-@pytest.mark.parametrize("first", REAL)
-@pytest.mark.parametrize("rest", ["i1", "i8", "f4", "f8"])
+@pytest.mark.parametrize("first", REAL, ids=str)
+@pytest.mark.parametrize("rest", ["i1", "i8", "f2", bfloat16, "f4", "f8"], ids=str)
 def test_result_type_is_that_of_the_first_loop_that_is_safe(spec, first, rest):
     operands = plain(spec)
-    ops = [operands[0].astype(first), *(op.real.astype(rest) for op in operands[1:])]
-    decides = [rest] if spec.name == "cos_sin" else [first, rest]
+    kinds = (first, rest, rest)
+    ops = [np.ones(op.shape, kind) for op, kind in zip(operands, kinds, strict=False)]
     for result in spec.call(*ops):
-        assert result.dtype == loop_for(*decides)
+        assert result.dtype == result_type(spec, [op.dtype for op in ops])
+
+
+@pytest.mark.parametrize("name", ["rope_half", "rope_interleaved", "rope_complex"])
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+def test_16_bit_data_decide_the_result_with_float32_tables(name, dtype):
+    x, *table = plain(SPECS[name])
+    assert SPECS[name].ufunc(x.astype(dtype), *table).dtype == dtype
+    wide = [part.astype(np.result_type(part.dtype, np.float64)) for part in table]
+    assert SPECS[name].ufunc(x.astype(dtype), *wide).dtype == np.float64
 
 
 @every_gufunc
@@ -327,11 +342,48 @@ def test_other_types_are_refused(spec, kind, place):
 
 
 @every_gufunc
-@every_type
-def test_lists_are_float64(spec, dtype):
-    operands = plain(spec, dtype=dtype)
+def test_lists_are_float64(spec):
+    operands = plain(spec)
     for result in spec.call(*(op.tolist() for op in operands)):
         assert result.dtype == np.float64
+
+
+FIRST_CALL = """
+from posenc import ufunc
+import numpy as np
+from ml_dtypes import bfloat16
+
+x = np.ones((2, 4), bfloat16)
+for kind in {kinds}:
+    table = np.ones((2, 2), kind)
+    for name in ("rope_half", "rope_interleaved"):
+        print(getattr(ufunc, name)(x, table, table).dtype)
+print(ufunc.rope_complex(x, np.ones((2, 2), np.complex64)).dtype)
+"""
+
+
+@pytest.mark.parametrize("kinds", ["(bfloat16, 'f4')", "('f4', 'f2', bfloat16)"])
+def test_the_very_first_call_may_be_one_of_bfloat16(kinds):
+    """NumPy remembers which loop it found for types: all are there from the start."""
+    lines = run([sys.executable, "-c", FIRST_CALL.replace("{kinds}", kinds)]).split()
+    assert len(lines) >= 5
+    assert set(lines) == {"bfloat16"}
+
+
+def test_a_refused_call_leaves_bfloat16s_loops_to_be_found():
+    code = """
+import numpy as np
+from ml_dtypes import bfloat16
+from posenc import ufunc
+
+x, table = np.ones((2, 4), bfloat16), np.ones((2, 2), "F")
+for _ in range(2):
+    try:
+        ufunc.rope_half(x, table, table)
+    except TypeError:
+        print(ufunc.rope_half(x, table.real, table.real).dtype)
+"""
+    assert run([sys.executable, "-c", code]).split() == ["bfloat16", "bfloat16"]
 
 
 # --- objects -------------------------------------------------------------------------
@@ -389,27 +441,31 @@ def test_pickle_is_read_by_a_process_that_has_not_imported_posenc(spec):
 # --- numbers that are none -----------------------------------------------------------
 
 
-@every_gufunc
-@every_type
+@every_loop
 @pytest.mark.parametrize("n_row", [3, 20_000], ids=["serial", "parallel"])
-def test_never_warns(spec, dtype, n_row):
+def test_never_warns(spec, types, n_row):
     rng = np.random.default_rng(1)
-    operands = [sprinkle(rng, op) for op in plain(spec, ((n_row,),), dtype=dtype)]
-    large = [np.full_like(op, np.finfo(op.dtype).max) for op in operands]
-    tiny = [np.full_like(op, np.finfo(op.dtype).tiny) for op in operands]
+    operands = [sprinkle(rng, op) for op in plain(spec, ((n_row,),), types=types)]
+    limits = [ml_dtypes.finfo(op.dtype) for op in operands]
+    large, tiny, least = (
+        [
+            np.full_like(op, getattr(limit, which))
+            for op, limit in zip(operands, limits, strict=True)
+        ]
+        for which in ("max", "tiny", "smallest_subnormal")
+    )
     with np.errstate(all="raise"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        for ops in (operands, large, tiny):
+        for ops in (operands, large, tiny, least):
             spec.call(*ops)
 
 
-@every_gufunc
-@every_type
-def test_nan_and_infinity_stay_in_their_row(spec, dtype):
+@every_loop
+def test_nan_and_infinity_stay_in_their_row(spec, types):
     rows = 5
     for number in (np.nan, np.inf, -np.inf):
         for index in range(spec.ufunc.nin):
-            operands = plain(spec, ((rows,),), dtype=dtype)
+            operands = plain(spec, ((rows,),), types=types)
             want = spec.call(*operands)
             operands[index] = operands[index].copy()
             operands[index][2] = number
@@ -460,35 +516,36 @@ def test_loops_that_do_not_broadcast_are_refused(spec):
         spec.call(*operands)
 
 
-@every_gufunc
-@every_type
-def test_all_sizes_one_is_answered(spec, dtype):
+@every_loop
+def test_all_sizes_one_is_answered(spec, types):
     """dask asks like this for the type of the result."""
     sizes = {"n": 1, "m": 1}
-    operands = plain(spec, ((1, 1),), sizes, dtype)
+    operands = plain(spec, ((1, 1),), sizes, types)
     for result in spec.call(*operands):
         assert result.shape == (1, 1, 1)
-        assert result.dtype == dtype
+        assert result.dtype == types.data
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
-@every_type
-def test_all_sizes_one_writes_its_one_element(name, dtype):
-    spec = SPECS[name]
-    operands = plain(spec, ((1,),), {"n": 1, "m": 1}, dtype)
-    memory = np.full(5, 7, dtype)
-    spec.call(*operands, out=memory[2:3].reshape(1, 1))
-    assert memory.tolist() == [7, 7, operands[0].item(), 7, 7]
+@every_loop
+def test_all_sizes_one_writes_its_one_element(spec, types):
+    operands = plain(spec, ((1,),), {"n": 1, "m": 1}, types)
+    memory = np.full(5, 7, types.data)
+    out = [None] * spec.ufunc.nout
+    out[0] = memory[2:3].reshape(1, 1)
+    spec.call(*operands, out=tuple(out))
+    others = memory[[0, 1, 3, 4]]
+    assert others.tolist() == [7, 7, 7, 7]
+    if spec.name in ROTATIONS:
+        assert memory[2] == operands[0].item()
 
 
 # --- threads and instruction sets ----------------------------------------------------
 
 
-@every_gufunc
-@every_type
-def test_any_number_of_threads_gives_the_same_bits(spec, dtype):
+@every_loop
+def test_any_number_of_threads_gives_the_same_bits(spec, types):
     rng = np.random.default_rng(2)
-    operands = plain(spec, ((2, 7919),), {"n": 23, "m": 11}, dtype)
+    operands = plain(spec, ((2, 7919),), {"n": 23, "m": 11}, types)
     operands = [sprinkle(rng, op) for op in operands]
     try:
         posenc.set_num_threads(1)
@@ -516,29 +573,25 @@ def run(command, **environment):
 def test_instruction_sets_give_the_same_bits(measured):
     script = [sys.executable, str(HERE / "workload.py")]
     best = json.loads(run(script, POSENC_SIMD=""))
-    sums, absent = {}, []
-    for name in INSTRUCTION_SETS:
-        if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(best["simd"]):
-            absent.append(name)
-            continue
-        sums[name] = json.loads(run(script, POSENC_SIMD=name))
-        assert sums[name].pop("simd") == name
-    assert best.pop("simd") in sums
-    assert len(best) > 100
-    for name, digests in sums.items():
+    n_present = INSTRUCTION_SETS.index(best["simd"]) + 1
+    present, absent = INSTRUCTION_SETS[:n_present], INSTRUCTION_SETS[n_present:]
+    assert len(best) > 300
+    for name in present[:-1]:
+        digests = json.loads(run(script, POSENC_SIMD=name))
         different = [key for key in best if digests[key] != best[key]]
-        assert not different, (name, different)
+        assert different == ["simd"]
+        assert digests["simd"] == name
     lacking = f"; this processor lacks {', '.join(absent)}" if absent else ""
-    measured(f"instruction sets compared, bit for bit: {', '.join(sums)}{lacking}")
+    measured(f"instruction sets compared, bit for bit: {', '.join(present)}{lacking}")
 
 
 # --- dask ----------------------------------------------------------------------------
 
 
-@every_gufunc
-def test_dask_chunks_the_loops(spec):
+@every_loop
+def test_dask_chunks_the_loops(spec, types):
     da = pytest.importorskip("dask.array")
-    operands = plain(spec, ((4, 6),))
+    operands = plain(spec, ((4, 6),), types=types)
     want = spec.call(*operands)
     chunked = [
         da.from_array(op, chunks=(2, 3) + (-1,) * len(core))

@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: BSD-3-Clause
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+from fuzz_doors import array_of, tensor_of
+from gufuncs import PLANAR
+from ml_dtypes import bfloat16
 
 import posenc
 
@@ -68,6 +72,32 @@ def every_result(q, k, cos, sin):
     ]
 
 
+def typed(types, seed=0):
+    """What `large` makes, in other types."""
+    q, k, cos, sin = large(seed)
+    kinds = [types.data] * 2 + [types.table] * 2
+    return [a.astype(kind) for a, kind in zip((q, k, cos, sin), kinds, strict=True)]
+
+
+def every_rotation(q, k, cos, sin):
+    """Results of rotations of arrays or tensors, with both roundings."""
+    positions = np.arange(q.shape[2])[::-1].copy()
+    results = []
+    for rounding in ("once", "eager"):
+        in_place, options = copy.deepcopy(q), {"rounding": rounding}
+        turned = posenc.rope(q, cos, sin, positions=positions, layout="interleaved",
+                             **options)  # fmt: skip
+        results += [
+            turned,
+            posenc.rope(
+                q.swapaxes(1, 2), cos, sin, axis=1, rotary_start=-64, **options
+            ),
+            posenc.rope(in_place, cos, sin, adjoint=True, out=in_place, **options),
+            *posenc.rope_qk(q, k, cos, sin, **options),
+        ]
+    return [array_of(result) for result in results]
+
+
 def assert_same(got, want):
     for left, right in zip(got, want, strict=True):
         reference.same_bits(left, right)
@@ -80,6 +110,36 @@ def test_any_number_of_threads_gives_the_same_bits():
     for n in N_THREAD[1:]:
         posenc.set_num_threads(n)
         assert_same(every_result(*arrays), want)
+
+
+@pytest.mark.parametrize("types", PLANAR, ids=str)
+@pytest.mark.parametrize("kind", ["arrays", "tensors"])
+def test_any_number_of_threads_gives_the_same_bits_of_any_type(types, kind):
+    given = typed(types)
+    if kind == "tensors":
+        pytest.importorskip("torch")
+        given = list(map(tensor_of, given))
+    posenc.set_num_threads(1)
+    want = every_rotation(*given)
+    for n in (2, 5):
+        posenc.set_num_threads(n)
+        assert_same(every_rotation(*given), want)
+
+
+def test_several_python_threads_at_once_with_tensors():
+    """Small calls keep the lock of Python, large ones give it up."""
+    pytest.importorskip("torch")
+    work = []
+    for seed, types in enumerate(PLANAR):
+        q, k, cos, sin = typed(types, seed)
+        small = q[:, :, :9], k[:, :, :9], cos[:9], sin[:9]
+        work += [list(map(tensor_of, given)) for given in ((q, k, cos, sin), small)]
+    want = [every_rotation(*tensors) for tensors in work]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            got = pool.map(lambda tensors: every_rotation(*tensors), work)
+            for left, right in zip(got, want, strict=True):
+                assert_same(left, right)
 
 
 def test_several_python_threads_at_once():
@@ -296,10 +356,11 @@ def test_the_main_interpreter_goes_on_after_a_refusal():
     assert lines[-1] == "[[0.0, 1.0]]"
 
 
-def test_threads_flush_subnormals_as_their_caller_does():
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16])
+def test_threads_flush_subnormals_as_their_caller_does(dtype):
     torch = pytest.importorskip("torch")
-    x = np.full((4096, 64), 1e-30, np.float32)
-    cos = np.full((4096, 32), 1e-9, np.float32)
+    x = np.full((4096, 64), 1e-30, dtype)
+    cos = np.full((4096, 32), 1e-9, dtype)
     results = []
     try:
         if not torch.set_flush_denormal(True):
@@ -310,6 +371,23 @@ def test_threads_flush_subnormals_as_their_caller_does():
     finally:
         torch.set_flush_denormal(False)
         posenc.set_num_threads(None)
-    assert not results[0].any()  # 1e-39 is subnormal
+    assert (results[0] == 0).all()  # 1e-39 is subnormal
     reference.same_bits(results[1], results[0])
     reference.same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("rounding", ["once", "eager"])
+def test_float16_has_its_subnormals_though_floats_are_flushed(rounding):
+    """They are normal numbers where they are computed, in float32."""
+    torch = pytest.importorskip("torch")
+    x = np.arange(1 << 10, dtype=np.uint16).view(np.float16).reshape(8, 128)
+    cos, sin = np.full((1, 64), 0.75, np.float16), np.full((1, 64), 0.5, np.float16)
+    want = posenc.rope(x, cos, sin, rounding=rounding)
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush subnormals")
+        got = posenc.rope(x, cos, sin, rounding=rounding)
+    finally:
+        torch.set_flush_denormal(False)
+    assert got.view(np.uint16).any()
+    reference.same_bits(got, want)

@@ -398,6 +398,36 @@ def test_compiled_call_with_one_tensor_twice(compiled):
     assert torch.equal(ours[0], posenc.rope(x.detach(), *table))
 
 
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(lambda x: f(x).pow(3).sum()),
+    "vmap": torch.func.vmap,
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x + 1,))[1],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_compilers_break_their_graph_under_transforms(transform, compiled):
+    x, table = heads(), tables()
+    transformed = transform(lambda x: rope(x, *table))
+    loose = torch.compile(transformed, backend="aot_eager")
+    assert torch.equal(loose(x), transformed(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(transformed)(x)
+
+
+def test_compilers_break_their_graph_in_forward_mode(compiled):
+    x, table = heads(), tables()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x + 1)
+        loose = torch.compile(lambda x: rope(x, *table), backend="aot_eager")
+        ours = forward_ad.unpack_dual(loose(dual)).tangent
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            compiled(lambda x: rope(x, *table))(dual)
+    assert torch.equal(ours, rope(x + 1, *table))
+
+
 def layouts_in_memory():
     fused = random(2, 3, 6, 8, dtype=torch.float32)
     yield "contiguous", random(2, 3, 8, dtype=torch.float32)

@@ -7,13 +7,15 @@ Run once per instruction set: POSENC_SIMD=baseline python tests/workload.py
 
 import hashlib
 import json
+from itertools import chain, product
 
 import numpy as np
-from gufuncs import DTYPES, SPECS, sprinkle
+from gufuncs import PLAIN, PLANAR, SHORT_BY_FLOAT32, SPECS, sprinkle
 
 import posenc
 
-# Around the widths of vectors of 2, 4, 8 and 16 lanes, and those of real models.
+LAYOUTS = ("half", "interleaved")
+# Around the widths of vectors of 2, 4, 8, 16 and 32 lanes, and those of real models.
 N_PAIR = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 40, 48, 64, 65, 80, 128)
 
 
@@ -32,14 +34,14 @@ def off_by_one(array):
 def gufunc_digests():
     """Each gufunc: shared tables, own tables, shifted memory, special values."""
     for spec in SPECS.values():
-        for dtype in DTYPES:
+        for types in spec.types:
             for m in N_PAIR:
                 rng = np.random.default_rng(m)
                 sizes = {"n": 2 * m + m % 4, "m": m}
                 digests = []
                 for loops in [[(3, 5)] + [(5,)] * 2, [(5, 3)] + [(5, 1)] * 2]:
                     loops = loops[: spec.ufunc.nin]
-                    operands = spec.operands(rng, loops, sizes, dtype)
+                    operands = spec.operands(rng, loops, sizes, types)
                     special = [sprinkle(rng, op.copy()) for op in operands]
                     digests += [
                         digest(*spec.call(*operands)),
@@ -47,7 +49,7 @@ def gufunc_digests():
                         digest(*spec.call(*special)),
                         digest(*spec.call(*(op[..., ::-1] for op in special))),
                     ]
-                yield f"{spec.name} {np.dtype(dtype)} {m}", digests
+                yield f"{spec.name} {types} {m}", digests
 
 
 def table_digests():
@@ -57,7 +59,7 @@ def table_digests():
     whole = rng.integers(-(2**31) + 1, 2**31, 500)
     hard = [0, 355, 103993, 245850922, 411557987, -411557987]
     for positions in (whole, rng.uniform(-(2.0**31), 2.0**31, 500), np.array(hard)):
-        for dtype in DTYPES:
+        for dtype, _ in PLAIN:
             for angles in ("exact", "float32"):
                 ordinary = inv_freq[:50] if angles == "float32" else inv_freq
                 tables = posenc.rope_table(
@@ -68,41 +70,75 @@ def table_digests():
                     dtype=dtype,
                 )
                 yield f"table {len(positions)} {np.dtype(dtype)} {angles}", tables
+    rows = np.arange(-3000, 3000)
+    yield "table rows", posenc.rope_table(rows, 5e5 ** (-np.arange(50) / 50))
+
+
+def roundings(types):
+    """What there is to choose: for 16-bit data only, 'eager' differs."""
+    return ("once",) if types in PLAIN else ("once", "eager")
 
 
 def rope_digests():
-    """The fast door: layouts, directions, in place, gathered rows."""
+    """The fast door: layouts, directions, roundings, starts, in place, gathered."""
     rng = np.random.default_rng(3)
-    for dtype in DTYPES:
-        for m in (5, 16, 40, 64):
-            x = rng.standard_normal((2, 3, 9, 2 * m + 3)).astype(dtype)
-            cos, sin = posenc.rope_table(np.arange(20), 1e4 ** (-np.arange(m) / m),
-                                         attention_factor=1.5, dtype=dtype)  # fmt: skip
-            positions = rng.integers(0, 20, (2, 9))
-            for layout in ("half", "interleaved"):
-                options = {"layout": layout, "positions": positions}
-                results = [
-                    posenc.rope(x, cos, sin, **options),
-                    posenc.rope(x, cos, sin, **options, inverse=True),
-                    posenc.rope(x, cos, sin, **options, adjoint=True),
-                ]
-                again = x.copy()
-                posenc.rope(again, cos[:9], sin[:9], layout=layout, out=again)
-                yield f"rope {np.dtype(dtype)} {m} {layout}", [*results, again]
+    for types, m, layout in product(PLANAR, (5, 16, 40, 64), LAYOUTS):
+        x = rng.standard_normal((2, 3, 9, 2 * m + 3)).astype(types.data)
+        tables = posenc.rope_table(np.arange(20), 1e4 ** (-np.arange(m) / m),
+                                   attention_factor=1.5)  # fmt: skip
+        cos, sin = (table.astype(types.table) for table in tables)
+        positions = rng.integers(0, 20, (2, 9))
+        for rounding in roundings(types):
+            options = {"layout": layout, "rounding": rounding}
+            results = [
+                posenc.rope(x, cos, sin, positions=positions, **options, **more)
+                for more in ({}, {"inverse": True}, {"adjoint": True},
+                             {"rotary_start": 2}, {"rotary_start": -2 * m})
+            ]  # fmt: skip
+            special = sprinkle(rng, x)
+            results.append(posenc.rope(special, cos, sin, offset=3, **options))
+            posenc.rope(special, cos[:9], sin[:9], out=special, **options)
+            yield f"rope {types} {m} {layout} {rounding}", [*results, special]
 
 
 def large_digests():
     """Results that are written around the caches."""
     rng = np.random.default_rng(4)
-    for dtype in DTYPES:
-        for m in (16, 40, 64):
-            n_token = (9 << 20) // (4 * 2 * m * np.dtype(dtype).itemsize)
-            x = rng.standard_normal((n_token, 4, 2 * m)).astype(dtype)
-            x[::7, 1, 3] = np.nan
-            cos, sin = (rng.standard_normal((n_token, m)).astype(dtype) for _ in "cs")
-            for layout in ("half", "interleaved"):
-                result = posenc.rope(x, cos, sin, layout=layout, axis=0)
-                yield f"large {np.dtype(dtype)} {m} {layout}", [result]
+    numbers = rng.standard_normal(9 << 18)
+    for types, m in product(PLANAR, (16, 40, 64)):
+        n_token = (9 << 20) // (4 * 2 * m * np.dtype(types.data).itemsize)
+        x = np.resize(numbers.astype(types.data), (n_token, 4, 2 * m))
+        x[::7, 1, 3] = np.nan
+        cos, sin = (
+            np.resize(numbers[start:].astype(types.table), (n_token, m))
+            for start in (11, 1 << 18)
+        )
+        for layout, rounding in product(LAYOUTS, roundings(types)):
+            options = {"layout": layout, "rounding": rounding}
+            whole = posenc.rope(x, cos, sin, axis=0, **options)
+            narrow = cos[:, : m // 2], sin[:, : m // 2]
+            part = posenc.rope(x, *narrow, axis=0, rotary_start=m // 2, **options)
+            yield f"large {types} {m} {layout} {rounding}", [whole, part]
+
+
+def pattern_digests():
+    """Every number of 16 bits, by tables that change nothing, little and much."""
+    turns = ((1, 0), (0, 1), (-1, 0), (0.6, 0.8), (1e-3, -(2.0**-130)), (3e38, 1e-38))
+    for types in PLANAR[len(PLAIN) :]:
+        x = np.arange(1 << 16, dtype=np.uint16).view(types.data).reshape(-1, 128)
+        for turn, layout in product(turns, LAYOUTS):
+            # In float16 the largest is infinite and the least zero, which is as good.
+            with np.errstate(over="ignore"):
+                cos, sin = (np.full((1, 64), part).astype(types.table) for part in turn)
+            results = [
+                posenc.rope(x, cos, sin, layout=layout, rounding=rounding)
+                for rounding in roundings(types)
+            ]
+            yield f"patterns {types} {turn} {layout}", results
+    for types in SHORT_BY_FLOAT32:
+        x = np.arange(1 << 16, dtype=np.uint16).view(types.data).reshape(-1, 128)
+        result = posenc.rope_complex(x, np.full((1, 64), 0.6 + 0.8j, np.complex64))
+        yield f"patterns {types} complex", [result]
 
 
 def main():
@@ -110,9 +146,9 @@ def main():
     found = {"simd": posenc.build_info()["simd"]}
     for name, digests in gufunc_digests():
         found[name] = "".join(digests)
-    for group in (table_digests(), rope_digests(), large_digests()):
-        for name, arrays in group:
-            found[name] = digest(*arrays)
+    groups = table_digests(), rope_digests(), large_digests(), pattern_digests()
+    for name, arrays in chain(*groups):
+        found[name] = digest(*arrays)
     print(json.dumps(found))
 
 
