@@ -17,9 +17,6 @@
 
 #define SIMD_NAME "v4_bf16"
 #define PACK_BF16_WIDE(low, high) _mm512_cvtne2ps_pbh((__m512)(high), (__m512)(low))
-#define MIN_WORDS_WIDE(a, b) ((words_wide)_mm512_min_epu16((__m512i)(a), (__m512i)(b)))
-#define HAS_BELOW_WIDE(w, limit) \
-    (_mm512_cmplt_epu16_mask((__m512i)(w), _mm512_set1_epi16((short)(limit))) != 0)
 #define KERNEL_TABLE kernels_v4_bf16
 #include "isa_v4.inc"
 

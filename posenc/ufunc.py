@@ -11,11 +11,10 @@ and checks, take torch tensors, and are faster on plain arrays.
 - ``cos_sin(position, inv_freq)``, ``(),(m)->(m),(m)``: exact angles, in the type of
   `inv_freq` unless ``dtype=`` or ``out=`` says other
 
-The rotations take float32 and float64, and float16 or ml_dtypes' bfloat16 data with a
-float32 (complex64) table, or one of their own type: results are then of x's type,
-computed in float32 and rounded once. With other mixtures NumPy takes the first of
-these, in float32, float64 and float16, that all operands can safely be cast to, where
-bfloat16 is among them that of bfloat16 first.
+The rotations take float32 and float64; and float16 and ml_dtypes' bfloat16 data with a
+float32 (complex64) table or, but for ``rope_complex``, one of their own type. Results
+are of x's type; those of 16 bits are computed in float32 and rounded once. Other
+mixtures NumPy casts to the first of these types that holds them all safely.
 
 Examples
 --------
