@@ -58,7 +58,7 @@ choose_kernels(void)
     if (dispatch_init(wanted) < 0) {
         PyErr_Format(PyExc_ImportError,
                      "posenc: POSENC_SIMD must name an instruction set of this "
-                     "processor, 'baseline', 'v3' or 'v4'; got '%s'",
+                     "processor, 'baseline', 'v3', 'v4' or 'v4_bf16'; got '%s'",
                      wanted);
         return -1;
     }

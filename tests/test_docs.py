@@ -18,7 +18,12 @@ README = ROOT / "README.md"
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 # Modules with a public surface of their own, and what they need.
-PUBLIC_MODULES = {"ufunc": None, "torch": "torch", "hf": "transformers", "plot": "matplotlib"}
+PUBLIC_MODULES = {
+    "ufunc": None,
+    "torch": "torch",
+    "hf": "transformers",
+    "plot": "matplotlib",
+}
 
 # numpydoc's checks that are off, each with its reason.
 NUMPYDOC_OFF = {
