@@ -175,7 +175,9 @@ exchange_of(PyObject *type)
     while (found != NULL && found->version.major != DLPACK_MAJOR) {
         found = found->prev_api;
     }
-    return found;
+    bool is_whole = found != NULL && found->dltensor_from_py_object_no_sync != NULL &&
+                    found->managed_tensor_to_py_object_no_sync != NULL;
+    return is_whole ? found : NULL;
 }
 
 /* Look torch up once it has been imported by somebody.  True if its tensors can be

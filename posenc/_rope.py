@@ -118,6 +118,9 @@ def rope(
     For a pair (a, b) and its angle: ``a' = a cos - b sin``, ``b' = b cos + a sin``.
     NaN results are one quiet NaN. The inverse is computed as a rotation by
     (cos, -sin) / (cos**2 + sin**2), rounded to the table's dtype, at least float32.
+    Torch does not see what is done to its tensors here, so a traced graph holds the
+    result as a constant, where that of ``posenc.torch.rope`` holds an operator; and
+    ``resize_`` cannot make a new result larger.
 
     References
     ----------

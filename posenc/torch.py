@@ -103,6 +103,7 @@ def rope(
         cu_seqlens is None
         and inverse is False
         and (offset is None or (positions is None and type(offset) is int))
+        and type(positions) is not int
         and isinstance(x, torch.Tensor)
         and undisturbed()
     ):
@@ -184,6 +185,7 @@ def rope_qk(
         cu_seqlens is None
         and inverse is False
         and (offset is None or (positions is None and type(offset) is int))
+        and type(positions) is not int
         and isinstance(q, torch.Tensor)
         and isinstance(k, torch.Tensor)
         and undisturbed()

@@ -754,6 +754,14 @@ def test_bad_input(arguments, error, message):
     assert str(caught.value) == f"rope: {message}"
 
 
+def test_one_number_is_an_offset_and_no_positions():
+    q, k, table = heads(), heads(), tables(n_row=9)
+    for call in (lambda: rope(q, *table, positions=3),
+                 lambda: rope_qk(q, k, *table, positions=3)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"positions must be of shape \(T,\)"):
+            call()
+
+
 def test_bad_input_of_two():
     q, k, table = heads(), heads(), tables()
     with pytest.raises(TypeError) as caught:

@@ -424,6 +424,24 @@ def test_tensors_with_a_tangent_are_refused_and_others_taken_beside_them():
         assert torch.equal(posenc.rope(x, cos, sin), want)
 
 
+def test_tensors_whose_memory_is_gone_are_refused():
+    x, (cos, sin) = random((2, 3, 5, 16)), table(5, 8)
+    rule = "^rope: x must be a plain CPU tensor; got a tensor without memory"
+    with pytest.raises(TypeError, match=rule):
+        torch.func.functionalize(lambda x: posenc.rope(x, cos, sin))(x)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=rule):
+        posenc.rope(x, cos, sin)
+
+
+def test_a_result_beyond_all_memory_is_an_error():
+    # So many elements that their bytes, counted in 64 bits, would be none.
+    x = torch.zeros(2).as_strided((1, 2**61, 2), (0, 0, 1))
+    cos, sin = torch.zeros(1, 1), torch.zeros(1, 1)
+    with pytest.raises(MemoryError):
+        posenc.rope(x, cos, sin, axis=0)
+
+
 def test_inside_function_transforms_tensors_are_refused():
     x, (cos, sin) = random((3, 5, 16)), table(5, 8)
     rule = "^rope: x must be a plain CPU tensor; got a tensor without memory"
