@@ -189,6 +189,15 @@ typedef struct {
 /* Not NumPy's bool, which has the number 0 but no loop here. */
 #define NPY_BFLOAT16 0
 
+#define ROPE_DOC(pairs, example)                                                     \
+    "Rotate the channel pairs " pairs " of x by the angles of cos and sin.\n\n"      \
+    "x (n), cos (m), sin (m) -> (n), with 2 * m <= n; channels past 2 * m are "      \
+    "copied.\n"                                                                      \
+    "float32 or float64; or float16 or bfloat16 x with a table of its type or of\n"  \
+    "float32: computed in float32, rounded once. NaN results are one quiet NaN.\n\n" \
+    "See posenc.rope. Su et al., 2021, eq. 34, https://arxiv.org/abs/2104.09864\n\n" \
+    "Examples\n--------\n" example
+
 /* NumPy keeps pointers into this table: it must live as long as the process.
  * Exact types win whatever the order; for the others the first loop that they
  * can safely be cast to does. */
@@ -196,7 +205,9 @@ static gufunc_entry gufuncs[] = {
     {
         .name = "rope_half",
         .signature = "(n),(m),(m)->(n)",
-        .doc = "Rotate the channel pairs (i, i + m) of x by the angles of cos and sin.",
+        .doc = ROPE_DOC("(i, i + m)", ">>> from posenc import ufunc\n"
+                                      ">>> ufunc.rope_half([1.0, 2.0], [0.0], [1.0])\n"
+                                      "array([-2.,  1.])\n"),
         .nin = 3,
         .nout = 1,
         .n_loop = 4,
@@ -215,8 +226,10 @@ static gufunc_entry gufuncs[] = {
     {
         .name = "rope_interleaved",
         .signature = "(n),(m),(m)->(n)",
-        .doc =
-            "Rotate the channel pairs (2i, 2i + 1) of x by the angles of cos and sin.",
+        .doc = ROPE_DOC("(2i, 2i + 1)",
+                        ">>> from posenc import ufunc\n"
+                        ">>> ufunc.rope_interleaved([1.0, 2.0], [0.0], [1.0])\n"
+                        "array([-2.,  1.])\n"),
         .nin = 3,
         .nout = 1,
         .n_loop = 4,
@@ -236,7 +249,17 @@ static gufunc_entry gufuncs[] = {
     {
         .name = "rope_complex",
         .signature = "(n),(m)->(n)",
-        .doc = "Multiply the channel pairs (2i, 2i + 1) of x by a complex table.",
+        .doc =
+            "Multiply the channel pairs (2i, 2i + 1) of x by a complex table.\n\n"
+            "x (n), cis (m) -> (n), with 2 * m <= n; channels past 2 * m are copied.\n"
+            "float32, float16 or bfloat16 x with complex64, float64 with "
+            "complex128.\n\n"
+            "See posenc.rope_complex. Su et al., 2021, eq. 12,\n"
+            "https://arxiv.org/abs/2104.09864\n\n"
+            "Examples\n--------\n"
+            ">>> from posenc import ufunc\n"
+            ">>> ufunc.rope_complex([1.0, 2.0], [1j])\n"
+            "array([-2.,  1.])\n",
         .nin = 2,
         .nout = 1,
         .n_loop = 3,
@@ -253,7 +276,17 @@ static gufunc_entry gufuncs[] = {
     {
         .name = "cos_sin",
         .signature = "(),(m)->(m),(m)",
-        .doc = "Cosine and sine of position * inv_freq, the product taken as exact.",
+        .doc =
+            "Cosine and sine of position * inv_freq, the product taken as exact.\n\n"
+            "position (), inv_freq (m) -> cos (m), sin (m); tokens and radians per\n"
+            "token. The tables have the type of inv_freq, float32 or float64, unless\n"
+            "dtype= or out= says other; float32 within 0.501 ulp, float64 within 1.\n\n"
+            "See posenc.rope_table. Su et al., 2021, eq. 15,\n"
+            "https://arxiv.org/abs/2104.09864\n\n"
+            "Examples\n--------\n"
+            ">>> from posenc import ufunc\n"
+            ">>> ufunc.cos_sin(0.0, [1.0, 0.1])\n"
+            "(array([1., 1.]), array([0., 0.]))\n",
         .nin = 2,
         .nout = 2,
         .n_loop = 3,

@@ -157,10 +157,11 @@ def _named(report, runs):
 
 
 def _ranking(report, runs):
-    first = (
-        f"{runs[0].method} gave the lowest {report.unit} ({_value(report, runs[0])})"
-    )
-    return first + (f", then {_named(report, runs[1:])}" if runs[1:] else "")
+    best, value = runs[0].method, _value(report, runs[0])
+    if not runs[1:]:
+        return f"{best} gave {value} {report.unit}"
+    first = f"{best} gave the lowest {report.unit} ({value})"
+    return f"{first}, then {_named(report, runs[1:])}"
 
 
 def _against_unchanged(report, unchanged, others):

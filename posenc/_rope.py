@@ -39,9 +39,10 @@ def rope(
     """
     Rotate the channel pairs of queries or keys by the angles of a table.
 
-    Channels outside the rotated ones, twice as many as the table is wide, are copied
-    (partial rotary). Float32 and float64 results are two products and one sum, each
-    rounded, as PyTorch computes them; 16-bit data are computed in float32.
+    The ``2 * M`` channels from `rotary_start` on are rotated, M being the width of the
+    table; the others are copied (partial rotary). Float32 and float64 results are two
+    products and one sum, each rounded, as PyTorch computes them; 16-bit data are
+    computed in float32.
 
     Parameters
     ----------
@@ -345,7 +346,7 @@ def rope_table(
         ``'exact'`` takes positions and frequencies as exact numbers. ``'float32'``
         rounds the frequency, the product, cosine and sine, and their product with
         the factor to float32, as transformers does: what a checkpoint was trained
-        with, wrong by several 1e-3 near position 131072.
+        with, wrong by up to 1e-2 near position 131072.
     dtype : dtype, default float32
         Either float32 or float64, of NumPy or torch.
     out : pair of ndarray or torch.Tensor, shape (..., M), optional

@@ -16,7 +16,8 @@ def build_info():
     -------
     dict
         ``'version'`` of the package; ``'simd'``, the instruction set that was
-        picked at import: ``'baseline'``, ``'v3'`` (AVX2) or ``'v4'`` (AVX-512), or
+        picked at import: ``'baseline'``, ``'v3'`` (AVX2), ``'v4'`` (AVX-512) or
+        ``'v4_bf16'`` (with AVX512-BF16), or
         what the environment variable ``POSENC_SIMD`` asked for; ``'openmp'``,
         whether threads were compiled in; ``'compiler'``.
 

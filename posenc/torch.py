@@ -67,8 +67,8 @@ def rope(
     Raises
     ------
     TypeError
-        If x is no tensor or not on the CPU, or `out` is given where gradients are
-        needed; and as `posenc.rope` does.
+        If x is no tensor or neither on the CPU nor on meta, or `out` is given where
+        gradients are needed; and as `posenc.rope` does.
     ValueError
         As `posenc.rope` does.
 
@@ -245,7 +245,8 @@ def _row_tensors(function, rows):
     for name, value in rows._asdict().items():
         if value is not None:
             value = _as_tensor(function, name, value)
-            if value.is_floating_point() or value.is_complex():
+            is_whole = not (value.is_floating_point() or value.is_complex())
+            if not is_whole or value.dtype == torch.bool:
                 got = f"dtype {str(value.dtype).removeprefix('torch.')}"
                 raise TypeError(must(function, name, "be whole numbers", got))
         tensors.append(value)
@@ -307,7 +308,7 @@ class RotaryEmbedding(torch.nn.Module):
     Its frequencies are float64 and no buffer: ``model.bfloat16()`` costs them no bit,
     and a state dict does not hold them. Tables are made on demand, in float32 or, for
     float64 queries, in float64; they stay for positions 0, 1, 2, ... So one module
-    should serve all layers.
+    should serve all layers. 16-bit queries and keys are rounded once.
 
     Parameters
     ----------
@@ -334,7 +335,8 @@ class RotaryEmbedding(torch.nn.Module):
         module's dtype rounds further. Its gradient is that of the exact cosines and
         sines.
     max_seq_len : int, default 2048
-        Rows of the table to begin with; it grows when a longer sequence comes.
+        Rows of the table to begin with; it grows when a longer sequence comes, but not
+        for positions far beyond it, whose rows are computed each time.
 
     Attributes
     ----------
@@ -342,6 +344,13 @@ class RotaryEmbedding(torch.nn.Module):
         Radians per token of each pair.
     attention_factor : float
         What cosines and sines are multiplied by.
+
+    Raises
+    ------
+    TypeError
+        If a parameter is of the wrong kind.
+    ValueError
+        As `posenc.rope_inv_freq` does, or for an unknown `layout` or `angles`.
 
     See Also
     --------
@@ -384,6 +393,9 @@ class RotaryEmbedding(torch.nn.Module):
         one_of(here, "layout", layout, LAYOUTS)
         one_of(here, "angles", angles, ANGLES)
         true_or_false(here, "learned", learned)
+        for name, value in (("axis", axis), ("rotary_start", rotary_start)):
+            if type(value) is not int:
+                raise TypeError(must(here, name, "be a whole number", repr(value)))
         self.max_seq_len = whole_number(here, "max_seq_len", max_seq_len, 1)
         self.layout, self.axis, self.rotary_start = layout, axis, rotary_start
         self.angles, self.learned = angles, learned
@@ -419,6 +431,14 @@ class RotaryEmbedding(torch.nn.Module):
         -------
         q, k : torch.Tensor
             The rotated queries and keys.
+
+        Raises
+        ------
+        TypeError
+            If q or k is no tensor, or positions, offset or cu_seqlens is of the wrong
+            kind.
+        ValueError
+            If shapes do not fit each other or `dim`.
         """
         cos, sin = self._table(q, positions, offset, cu_seqlens)
         return rope_qk(
@@ -455,26 +475,46 @@ class RotaryEmbedding(torch.nn.Module):
 
     def _table(self, q, positions, offset, cu_seqlens):
         """Return cosines and sines for the tokens of q."""
-        n_token = q.shape[self.axis]
+        n_token = self._n_token(q)
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         if positions is None:
             first = 0 if offset is None else offset
-            if cu_seqlens is None and isinstance(first, int):
-                if self._keeps_tables() and first >= 0:
+            if cu_seqlens is None and type(first) is int:
+                if self._keeps_tables(dtype, first, n_token):
                     return self._kept_table(first, first + n_token, dtype)
                 positions = torch.arange(first, first + n_token, device=q.device)
             else:
-                positions = _positions(n_token, offset, cu_seqlens)
+                positions = _positions(q, self.axis, n_token, offset, cu_seqlens)
         elif offset is not None or cu_seqlens is not None:
             rule = "be None if offset or cu_seqlens is given"
             raise ValueError(must("RotaryEmbedding", "positions", rule, "both"))
         positions = _as_tensor("RotaryEmbedding", "positions", positions)
+        if positions.ndim not in (1, 2) or positions.shape[-1] != n_token:
+            rule = f"be of shape (T,) or (B, T) for {n_token} tokens"
+            got = f"shape {tuple(positions.shape)}"
+            raise ValueError(must("RotaryEmbedding", "positions", rule, got))
         return _torch_ops.table(
             positions, self.inv_freq, self.attention_factor, self.angles, dtype
         )
 
-    def _keeps_tables(self):
-        return not (self.learned or torch.compiler.is_compiling())
+    def _n_token(self, q):
+        """Return how many tokens q has, which must be wide enough."""
+        if not isinstance(q, torch.Tensor):
+            _check_tensor("RotaryEmbedding", "q", q)
+        if not -q.ndim <= self.axis < q.ndim or self.axis in (-1, q.ndim - 1):
+            rule = f"name an axis of q, of shape {tuple(q.shape)}, but its last"
+            raise ValueError(must("RotaryEmbedding", "axis", rule, self.axis))
+        if 2 * len(self.inv_freq) > q.shape[-1]:
+            rule, dim = f"be at most head_dim = {q.shape[-1]}", 2 * len(self.inv_freq)
+            raise ValueError(must("RotaryEmbedding", "dim", rule, dim))
+        return q.shape[self.axis]
+
+    def _keeps_tables(self, dtype, first, n_token):
+        """Tell whether the table that stays is to hold these rows: not if far off."""
+        if self.learned or first < 0 or torch.compiler.is_compiling():
+            return False
+        n_row = len(self._tables.get(dtype, ((), ()))[0])
+        return first + n_token <= max(self.max_seq_len, 2 * n_row, 4 * n_token)
 
     def _kept_table(self, first, last, dtype):
         """Return rows of the table that stays, as arrays: a slice costs less there."""
@@ -491,16 +531,32 @@ class RotaryEmbedding(torch.nn.Module):
         return cos[first:last], sin[first:last]
 
 
-def _positions(n_token, offset, cu_seqlens):
+def _positions(q, axis, n_token, offset, cu_seqlens):
     """Return the position of each token, (T,) or (B, T)."""
     here = "RotaryEmbedding"
-    if offset is not None:
-        offset = _as_tensor(here, "offset", offset)
-    if cu_seqlens is not None:
-        cu_seqlens = _as_tensor(here, "cu_seqlens", cu_seqlens)
+    rows = _row_tensors(here, Rows(offset=offset, cu_seqlens=cu_seqlens))
+    if rows.cu_seqlens is not None:
+        if rows.cu_seqlens.ndim != 1:
+            got = f"shape {tuple(rows.cu_seqlens.shape)}"
+            raise ValueError(must(here, "cu_seqlens", "be of shape (N + 1,)", got))
         if not torch.compiler.is_compiling():
-            _check_ends(here, cu_seqlens.tolist(), n_token)
-    return Rows(offset=offset, cu_seqlens=cu_seqlens).numbers(n_token)
+            _check_ends(here, rows.cu_seqlens.tolist(), n_token)
+    if rows.offset is not None and rows.offset.ndim:
+        _check_offsets(here, rows, q, axis)
+    return rows.numbers(n_token)
+
+
+def _check_offsets(function, rows, q, axis):
+    """Raise unless there is an offset for each sequence."""
+    shape = tuple(rows.offset.shape)
+    if rows.cu_seqlens is not None:
+        fits = shape == (len(rows.cu_seqlens) - 1,)
+        rule = f"be a whole number or of shape ({len(rows.cu_seqlens) - 1},)"
+    else:
+        fits = shape in ((1,), (q.shape[0],)) and axis not in (0, -q.ndim)
+        rule = f"be a whole number or of shape (B,), for q of shape {tuple(q.shape)}"
+    if not fits:
+        raise ValueError(must(function, "offset", rule, f"shape {shape}"))
 
 
 def _check_ends(function, ends, n_token):

@@ -762,6 +762,37 @@ def test_one_number_is_an_offset_and_no_positions():
             call()
 
 
+def test_modules_that_do_not_fit_their_queries():
+    q, k = heads(), heads()
+    shape, width = tuple(q.shape), q.shape[-1]
+    with pytest.raises(TypeError) as caught:
+        RotaryEmbedding(width)(None, k)
+    assert (
+        str(caught.value) == "RotaryEmbedding: q must be a torch.Tensor; got NoneType"
+    )
+    with pytest.raises(ValueError) as caught:
+        RotaryEmbedding(width, axis=7)(q, k)
+    rule = f"name an axis of q, of shape {shape}, but its last"
+    assert str(caught.value) == f"RotaryEmbedding: axis must {rule}; got 7"
+    with pytest.raises(ValueError) as caught:
+        RotaryEmbedding(2 * width)(q, k)
+    rule = f"be at most head_dim = {width}"
+    assert str(caught.value) == f"RotaryEmbedding: dim must {rule}; got {2 * width}"
+    for name in ("axis", "rotary_start"):
+        with pytest.raises(TypeError) as caught:
+            RotaryEmbedding(width, **{name: "a"})
+        rule = "be a whole number"
+        assert str(caught.value) == f"RotaryEmbedding: {name} must {rule}; got 'a'"
+
+
+def test_module_far_off_makes_no_table_up_to_there():
+    q, k, first = heads(), heads(), 2**31 - 10
+    rotary = RotaryEmbedding(q.shape[-1])
+    positions = torch.arange(first, first + q.shape[-2])
+    far = rotary(q, k, offset=first)
+    assert all(map(torch.equal, far, rotary(q, k, positions=positions)))
+
+
 def test_bad_input_of_two():
     q, k, table = heads(), heads(), tables()
     with pytest.raises(TypeError) as caught:
@@ -815,6 +846,39 @@ MODULE_ERRORS = [
         {"cu_seqlens": torch.tensor([0, 4])},
         ValueError,
         "cu_seqlens must rise from 0 to 5, the number of tokens; got [0, 4]",
+    ),
+    ({}, {"offset": 1.5}, TypeError, "offset must be whole numbers; got dtype float32"),
+    ({}, {"offset": True}, TypeError, "offset must be whole numbers; got dtype bool"),
+    (
+        {},
+        {"offset": torch.tensor([1, 2, 3])},
+        ValueError,
+        "offset must be a whole number or of shape (B,), for q of shape (2, 3, 5, 8); "
+        "got shape (3,)",
+    ),
+    (
+        {},
+        {"offset": torch.tensor([1, 2, 3]), "cu_seqlens": torch.tensor([0, 2, 5])},
+        ValueError,
+        "offset must be a whole number or of shape (2,); got shape (3,)",
+    ),
+    (
+        {},
+        {"cu_seqlens": torch.tensor([0.0, 5.0])},
+        TypeError,
+        "cu_seqlens must be whole numbers; got dtype float32",
+    ),
+    (
+        {},
+        {"cu_seqlens": torch.tensor([[0, 5]])},
+        ValueError,
+        "cu_seqlens must be of shape (N + 1,); got shape (1, 2)",
+    ),
+    (
+        {},
+        {"positions": torch.tensor([0, 1])},
+        ValueError,
+        "positions must be of shape (T,) or (B, T) for 5 tokens; got shape (2,)",
     ),
 ]
 
