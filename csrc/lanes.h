@@ -51,35 +51,10 @@
     __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, \
                             29, 31)
 
-/* The two halves of v, and both put together. */
-#define LOW_8(v) __builtin_shufflevector(v, v, 0, 1, 2, 3)
-#define HIGH_8(v) __builtin_shufflevector(v, v, 4, 5, 6, 7)
-#define JOIN_8(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7)
-#define LOW_16(v) __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7)
-#define HIGH_16(v) __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)
-#define JOIN_16(a, b) \
-    __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-#define LOW_32(v) \
-    __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-#define HIGH_32(v)                                                                    \
-    __builtin_shufflevector(v, v, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, \
-                            29, 30, 31)
-#define JOIN_32(a, b)                                                               \
-    __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, \
-                            15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, \
-                            29, 30, 31)
-
-/* (0 1 2 3 ...) -> (0 2 ... 1 3 ...), and back. */
-#define UNZIP_8(v) __builtin_shufflevector(v, v, 0, 2, 4, 6, 1, 3, 5, 7)
+/* (0 1 ... 4 5 ...) -> (0 4 1 5 ...), the halves by turns. */
 #define ZIP_8(v) __builtin_shufflevector(v, v, 0, 4, 1, 5, 2, 6, 3, 7)
-#define UNZIP_16(v) \
-    __builtin_shufflevector(v, v, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)
 #define ZIP_16(v) \
     __builtin_shufflevector(v, v, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
-#define UNZIP_32(v)                                                                    \
-    __builtin_shufflevector(v, v, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,   \
-                            28, 30, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, \
-                            29, 31)
 #define ZIP_32(v)                                                                     \
     __builtin_shufflevector(v, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, \
                             23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, \

@@ -1,6 +1,6 @@
 /* How vectors of WIDTH bytes notice NaNs: NAN_FLAGS starts as NO_NAN, NOTICE_NAN(flags,
  * a, b) looks at two vectors, HAS_NAN(flags) tells.  Included anew for each width and
- * type; ORDERED_512(flags, a, b) is the includer's, and WIDE_LANES wide at least.
+ * type; ORDERED_512(flags, a, b), which compares under a mask, is the includer's.
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */

@@ -180,37 +180,51 @@ exchange_of(PyObject *type)
     return is_whole ? found : NULL;
 }
 
+/* An attribute; NULL if there is no owner or an error stands already. */
+static PyObject *
+attribute_of(PyObject *owner, const char *name)
+{
+    return owner == NULL || PyErr_Occurred() ? NULL
+                                             : PyObject_GetAttrString(owner, name);
+}
+
 /* Look torch up once it has been imported by somebody.  True if its tensors can be
  * read; without an error. */
 static bool
 find_torch(void)
 {
     PyObject *module = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
-    if (module == NULL) {
-        return false;
-    }
-    PyObject *tensor = PyObject_GetAttrString(module, "Tensor");
-    PyObject *nn = tensor ? PyObject_GetAttrString(module, "nn") : NULL;
-    PyObject *parameter = nn ? PyObject_GetAttrString(nn, "Parameter") : NULL;
-    PyObject *base = parameter ? PyObject_GetAttrString(module, "_C") : NULL;
-    torch.exchange = base ? exchange_of(tensor) : NULL;
+    PyObject *base = attribute_of(module, "_C");
+    PyObject *nn = attribute_of(module, "nn");
+    PyObject *autograd = attribute_of(module, "autograd");
+    PyObject *forward = attribute_of(autograd, "forward_ad");
+    PyObject *tensor = attribute_of(module, "Tensor");
+    PyObject *parameter = attribute_of(nn, "Parameter");
+    torch.requires_grad = attribute_of(tensor, "requires_grad");
+    torch.is_neg = attribute_of(tensor, "is_neg");
+    torch.is_conj = attribute_of(tensor, "is_conj");
+    torch.increment_version = attribute_of(base, "_increment_version");
+    torch.forward_mode = attribute_of(forward, "__dict__");
+    torch.exchange = PyErr_Occurred() || tensor == NULL ? NULL : exchange_of(tensor);
     if (torch.exchange != NULL) {
-        torch.requires_grad = PyObject_GetAttrString(tensor, "requires_grad");
-        torch.is_neg = PyObject_GetAttrString(tensor, "is_neg");
-        torch.is_conj = PyObject_GetAttrString(tensor, "is_conj");
-        torch.increment_version = PyObject_GetAttrString(base, "_increment_version");
-        PyObject *forward = PyImport_ImportModule("torch.autograd.forward_ad");
-        torch.forward_mode = forward ? Py_NewRef(PyModule_GetDict(forward)) : NULL;
         torch.current_level = PyUnicode_InternFromString("_current_level");
-        Py_XDECREF(forward);
     }
+    bool is_found = torch.current_level != NULL && PyDict_Check(torch.forward_mode) &&
+                    Py_TYPE(torch.requires_grad)->tp_descr_get != NULL;
+    PyErr_Clear();
     Py_XDECREF(base);
     Py_XDECREF(nn);
-    if (PyErr_Occurred() || torch.exchange == NULL ||
-        Py_TYPE(torch.requires_grad)->tp_descr_get == NULL) {
-        PyErr_Clear();
+    Py_XDECREF(autograd);
+    Py_XDECREF(forward);
+    if (!is_found) {
         Py_XDECREF(tensor);
         Py_XDECREF(parameter);
+        Py_CLEAR(torch.requires_grad);
+        Py_CLEAR(torch.is_neg);
+        Py_CLEAR(torch.is_conj);
+        Py_CLEAR(torch.increment_version);
+        Py_CLEAR(torch.forward_mode);
+        Py_CLEAR(torch.current_level);
         return false;
     }
     torch.parameter = (PyTypeObject *)parameter;
@@ -332,7 +346,8 @@ ask_for_huge_pages(char *memory, size_t size)
 #ifdef MADV_HUGEPAGE
     size_t skipped = (0 - (size_t)(uintptr_t)memory) % PAGE;
     if (size >= MIN_HUGE_SIZE) {
-        madvise(memory + skipped, size - skipped, MADV_HUGEPAGE);
+        /* A wish, which may fail. */
+        (void)madvise(memory + skipped, size - skipped, MADV_HUGEPAGE);
     }
 #else
     (void)memory, (void)size;

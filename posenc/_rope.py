@@ -346,7 +346,7 @@ def rope_table(
         ``'exact'`` takes positions and frequencies as exact numbers. ``'float32'``
         rounds the frequency, the product, cosine and sine, and their product with
         the factor to float32, as transformers does: what a checkpoint was trained
-        with, wrong by up to 1e-2 near position 131072.
+        with, wrong by several 1e-3 near position 131072.
     dtype : dtype, default float32
         Either float32 or float64, of NumPy or torch.
     out : pair of ndarray or torch.Tensor, shape (..., M), optional

@@ -26,6 +26,7 @@ transformers = pytest.importorskip("transformers")
 
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch_tools import Graphs, one_thread, tiny, tiny_config  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
@@ -82,28 +83,6 @@ CONFIGS = {
 }
 
 
-def tiny_config(attn_implementation="sdpa", rope_parameters=None, **changes):
-    values = {
-        "vocab_size": 61,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "rope_parameters": {"rope_theta": 10000.0, **(rope_parameters or {})},
-        "attn_implementation": attn_implementation,
-        # Tokens far from each other in logits, so that argmax is no coin toss.
-        "initializer_range": 0.2,
-    }
-    return LlamaConfig(**(values | changes))
-
-
-def tiny(**changes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(tiny_config(**changes)).eval()
-
-
 @pytest.fixture
 def model():
     return tiny()
@@ -111,11 +90,9 @@ def model():
 
 @pytest.fixture(autouse=True)
 def nothing_stays():
-    """Every test must leave transformers as it was; one thread is fastest here."""
-    n_thread = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_thread)
+    """Every test must leave transformers as it was."""
+    with one_thread():
+        yield
     assert modeling_llama.apply_rotary_pos_emb is ORIGINAL
     assert Rotary.__init__ is ORIGINAL_INIT
     assert not _hf_scaling.subjects
@@ -683,18 +660,6 @@ def test_in_place_ends_with_the_patch_that_asked_for_it(model):
 
 
 # Compilers
-
-
-class Graphs(list):
-    """A backend that keeps the graphs and runs them as they are."""
-
-    def __call__(self, graph, inputs):
-        self.append(graph)
-        return graph
-
-    def operators(self):
-        nodes = [n for g in self for m in g.modules() for n in m.graph.nodes]
-        return sum(str(node.target).startswith("posenc.") for node in nodes)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from torch_tools import one_thread, tiny  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 import posenc  # noqa: E402
@@ -109,23 +110,6 @@ OWN = {
 OWN = {k: v for k, v in OWN.items() if k in ("default", *ROPE_INIT_FUNCTIONS)}
 
 
-def tiny(rope_parameters=None, **changes):
-    values = {
-        "vocab_size": 61,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": TRAINED,
-        "rope_parameters": {"rope_theta": 10000.0, **(rope_parameters or {})},
-        # Tokens far from each other in logits, so that argmax is no coin toss.
-        "initializer_range": 0.2,
-    }
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(values | changes))).eval()
-
-
 @pytest.fixture
 def model():
     return tiny()
@@ -133,11 +117,9 @@ def model():
 
 @pytest.fixture(autouse=True)
 def nothing_stays():
-    """Every test must leave no patch behind; one thread is fastest here."""
-    n_thread = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_thread)
+    """Every test must leave no patch behind."""
+    with one_thread():
+        yield
     assert not _hf_scaling.subjects
     assert not _hf_scaling.standing
 

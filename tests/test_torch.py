@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch_tools import Graphs, one_thread  # noqa: E402
 
 import posenc  # noqa: E402
 import posenc.torch  # noqa: E402
@@ -53,11 +54,9 @@ PARTS = {"all": (4, 0), "first": (2, 0), "last": (2, -4), "middle": (2, 1)}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    n_thread = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_thread)
+def on_one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture
@@ -327,18 +326,6 @@ def test_forward_mode_carries_tangents():
 
 
 # --- compilers -----------------------------------------------------------------------
-
-
-class Graphs(list):
-    """A backend that keeps the graphs and runs them as they are."""
-
-    def __call__(self, graph, inputs):
-        self.append(graph)
-        return graph
-
-    def operators(self):
-        nodes = [n for g in self for m in g.modules() for n in m.graph.nodes]
-        return sum(str(node.target).startswith("posenc.") for node in nodes)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
