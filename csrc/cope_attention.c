@@ -5,21 +5,12 @@
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
-#include "view.h"
+#include "cope_attention.h"
 
 #include <string.h>
 
 #include "dispatch.h"
 #include "parallel.h"
-
-/* The axes of heads: batch, key heads, and the query heads of one key head. */
-enum { N_HEAD_AXIS = 3 };
-
-/* Where one operand of a head starts. */
-typedef struct {
-    char *data;
-    ptrdiff_t step[N_HEAD_AXIS];
-} head_places;
 
 typedef struct {
     cope_attention_shape shape;
@@ -29,7 +20,7 @@ typedef struct {
     size_t scratch_size;
 } attention_job;
 
-static char *
+char *
 place_of(const head_places *p, const size_t head[N_HEAD_AXIS])
 {
     if (p->data == NULL) {
@@ -72,9 +63,8 @@ attend_part(void *job, int part, int n_part)
     }
 }
 
-/* Describe an operand: (batch, key head, head, row, column), or without the head. */
-static bool
-take(PyObject *object, int n_axis, view *seen, head_places *places)
+bool
+take_heads(PyObject *object, int n_axis, view *seen, head_places *places)
 {
     if (object == Py_None) {
         *places = (head_places){.data = NULL};
@@ -82,7 +72,7 @@ take(PyObject *object, int n_axis, view *seen, head_places *places)
     }
     if (!view_of(object, seen) || seen->n_axis != n_axis) {
         PyErr_Format(PyExc_TypeError,
-                     "cope_attention_arrays: operands must be plain arrays of %d axes",
+                     "cope_attention: operands must be plain arrays of %d axes",
                      n_axis);
         return false;
     }
@@ -93,13 +83,13 @@ take(PyObject *object, int n_axis, view *seen, head_places *places)
     return true;
 }
 
-static ptrdiff_t
+ptrdiff_t
 row_step(const view *seen)
 {
     return seen->step[seen->n_axis - 2];
 }
 
-static bool
+bool
 take_number(PyObject *object, double *value)
 {
     *value = PyFloat_AsDouble(object);
@@ -146,13 +136,13 @@ cope_attention(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_
     attention_job job;
     cope_attention_shape *a = &job.shape;
     *a = (cope_attention_shape){.causal = args[8] == Py_True};
-    if (!take(args[0], 5, &q, &job.q) || !take(args[1], 4, &k, &job.k) ||
-        !take(args[2], 4, &v, &job.v) || !take(args[3], 4, &gate_key, &job.gate_key) ||
-        !take(args[4], 4, &embedding, &job.embedding) ||
-        !take(args[5], 5, &mask, &job.mask) || !take_number(args[6], &a->scale) ||
+    if (!take_heads(args[0], 5, &q, &job.q) || !take_heads(args[1], 4, &k, &job.k) ||
+        !take_heads(args[2], 4, &v, &job.v) || !take_heads(args[3], 4, &gate_key, &job.gate_key) ||
+        !take_heads(args[4], 4, &embedding, &job.embedding) ||
+        !take_heads(args[5], 5, &mask, &job.mask) || !take_number(args[6], &a->scale) ||
         !take_number(args[7], &a->position_scale) ||
-        !take(args[9], 5, &out, &job.out) ||
-        !take(args[10], 5, &statistics, &job.statistics)) {
+        !take_heads(args[9], 5, &out, &job.out) ||
+        !take_heads(args[10], 5, &statistics, &job.statistics)) {
         return NULL;
     }
     /* The embedding has no batch. */
