@@ -92,7 +92,8 @@ module_exec(PyObject *module)
         PyErr_SetFromErrno(PyExc_OSError);
         return -1;
     }
-    if (PyModule_AddFunctions(module, array_methods) < 0) {
+    if (PyModule_AddFunctions(module, array_methods) < 0 ||
+        PyModule_AddFunctions(module, cope_methods) < 0) {
         return -1;
     }
     return add_gufuncs(module);
