@@ -24,22 +24,6 @@ typedef struct {
     view operand[N_COPE_OPERAND];
 } cope_rows;
 
-/* The mask of bools, as a view of another type of its size would be. */
-static bool
-view_of_mask(PyObject *object, view *seen)
-{
-    if (!PyArray_CheckExact(object) ||
-        PyArray_TYPE((PyArrayObject *)object) != NPY_BOOL) {
-        return false;
-    }
-    PyArrayObject *array = (PyArrayObject *)object;
-    seen->data = PyArray_BYTES(array);
-    seen->n_axis = PyArray_NDIM(array);
-    seen->shape = PyArray_DIMS(array);
-    seen->step = PyArray_STRIDES(array);
-    return true;
-}
-
 /* The address of a row of an operand, or NULL of a mask that is not there. */
 static char *
 row_of(const cope_rows *rows, int operand, size_t row)
@@ -112,7 +96,7 @@ take_view(PyObject *object, int operand, cope_rows *rows)
     view *v = &rows->operand[operand];
     v->data = NULL;
     if (operand == MASK) {
-        return object == Py_None || view_of_mask(object, v);
+        return object == Py_None || (view_of(object, v) && v->type == BOOL_8);
     }
     return view_of(object, v);
 }

@@ -14,5 +14,8 @@
 #define STREAM(to, value) _mm_stream_si128((__m128i *)(to), (__m128i)(value))
 #define FENCE() _mm_sfence()
 #endif
+#define PRODUCT_ROWS 6
+#define FUSED_F32(a, b, c) ((a) * (b) + (c))
+#define FUSED_F64(a, b, c) ((a) * (b) + (c))
 #define KERNEL_TABLE kernels_baseline
 #include "kernels.inc"

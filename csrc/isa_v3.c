@@ -33,6 +33,17 @@
     ((__v2di)_mm_cvtps_ph((__m128)(value), _MM_FROUND_TO_NEAREST_INT))[0]
 #define GATHER_WIDE(table, index) \
     ((vec_wide)_mm256_i32gather_ps(table, (__m256i)(index), 4))
+#define PRODUCT_ROWS 6
+#define FUSED_F32(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define FUSED_F64(a, b, c) _mm256_fmadd_pd(a, b, c)
+#define ROUNDED_F32(value) _mm256_round_ps(value, 8)
+#define ROUNDED_F64(value) _mm256_round_pd(value, 8)
+#define GREATER_F32(a, b) _mm256_max_ps(a, b)
+#define GREATER_F64(a, b) _mm256_max_pd(a, b)
+#define GATHER_F32(old, mask, table, index) \
+    _mm256_mask_i32gather_ps(old, table, (__m256i)(index), (__m256)(mask), 4)
+#define GATHER_F64(old, mask, table, index) \
+    _mm256_mask_i64gather_pd(old, table, (__m256i)(index), (__m256d)(mask), 8)
 #define KERNEL_TABLE kernels_v3
 #include "kernels.inc"
 

@@ -149,6 +149,54 @@ typedef void cope_positions_kernel(const cope_strip *strip, const char *gates,
  */
 typedef void cope_interpolate_kernel(const cope_strip *strip, const char *z,
                                      const char *positions, char *out);
+/* One attention with contextual positions: what it reads and where that is.  Steps are
+ * in bytes; those of an operand that is shared may be zero. */
+typedef struct {
+    size_t n_query, n_key, n_channel, n_position; /* n_position at least 1 */
+    int type;     /* of q, k, v, gate_key, embedding and out */
+    bool causal;  /* query i sees the keys j <= i + n_key - n_query */
+    double scale; /* of logits and gates */
+    double position_scale;
+    ptrdiff_t q_row, q_channel, k_row, k_channel, v_row, v_channel;
+    ptrdiff_t gate_row, gate_channel, embedding_channel, embedding_position;
+    ptrdiff_t mask_row, mask_key, out_row, out_channel;
+} cope_attention_shape;
+
+typedef struct {
+    const char *q, *k, *v;
+    const char *gate_key; /* NULL: k */
+    const char *embedding;
+    const char *mask; /* bytes, 0 hides; NULL: nothing hidden */
+    char *out;
+    char *statistics; /* NULL, or two reals per query: a whole number m and the sum over
+                         its keys of 2^(logit / log(2) - m); the sum is 0 if it sees
+                         none */
+} cope_attention_operands;
+
+/* Attend with contextual positions: the queries `first` and on, as many as a block has.
+ *
+ *   q, k, v     (n_query or n_key, n_channel)
+ *   gate_key    (n_key, n_channel)
+ *   embedding   (n_channel, n_position)
+ *   mask        (n_query, n_key)
+ *   out         (n_query, n_channel)  disjoint from all others
+ *   scratch     scratch_size bytes, aligned to 64
+ *
+ * With g_ij = sigmoid(scale q_i . gate_key_j), 0 where j is hidden from i, and
+ * p_ij the lesser of n_position - 1 and the sum of g_it over t >= j:
+ *   logit_ij = scale q_i . k_j + z_i[p_ij],  z_i[n] = position_scale q_i .
+ * embedding[n], linear between whole n; out_i is the sum of softmax(logit_i)_j v_j over
+ * what i sees, 0 if that is nothing.  16 bits are computed in float and rounded once.
+ *
+ * A row's result depends on its own query and on the keys it sees only; products may be
+ * fused, so instruction sets differ in the last bits.  The running sum is kept as a
+ * whole number and a fraction: its error does not grow with it.
+ *
+ * Golovneva et al., "Contextual Position Encoding", 2024, eq. 3 to 6.
+ */
+typedef void cope_attention_kernel(const cope_attention_shape *shape,
+                                   const cope_attention_operands *operands,
+                                   size_t first, void *scratch);
 
 /* The kernels of one instruction set. */
 typedef struct {
@@ -160,6 +208,11 @@ typedef struct {
     cope_interpolate_kernel *cope_interpolate[N_REAL];
     cope_bias_kernel *cope_bias[N_REAL];
     cope_bias_backward_kernel *cope_bias_backward[N_REAL];
+    struct {
+        size_t block; /* queries */
+        size_t (*scratch_size)(const cope_attention_shape *shape);
+        cope_attention_kernel *run;
+    } cope_attention[2]; /* for type float and those of 16 bits, and for double */
     void (*finish_stores)(void); /* make streamed results visible to other threads */
 } kernel_table;
 

@@ -62,6 +62,8 @@ type_of_array(int number)
         return COMPLEX_F32;
     case NPY_CDOUBLE:
         return COMPLEX_F64;
+    case NPY_BOOL:
+        return BOOL_8;
     }
     if (number == NPY_INT64) {
         return INT_64;
@@ -95,8 +97,9 @@ npy_intp
 item_size(int type)
 {
     static const npy_intp sizes[] = {
-        [REAL_F32] = 4,    [REAL_F64] = 8,     [REAL_F16] = 2, [REAL_BF16] = 2,
-        [COMPLEX_F32] = 8, [COMPLEX_F64] = 16, [INT_32] = 4,   [INT_64] = 8,
+        [REAL_F32] = 4,  [REAL_F64] = 8,    [REAL_F16] = 2,
+        [REAL_BF16] = 2, [COMPLEX_F32] = 8, [COMPLEX_F64] = 16,
+        [INT_32] = 4,    [INT_64] = 8,      [BOOL_8] = 1,
     };
     return sizes[type];
 }

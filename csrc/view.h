@@ -14,7 +14,7 @@
 #include "posenc.h"
 
 /* Element types beyond the real ones of posenc.h. */
-enum { COMPLEX_F32 = N_REAL, COMPLEX_F64, INT_32, INT_64, OTHER_TYPE };
+enum { COMPLEX_F32 = N_REAL, COMPLEX_F64, INT_32, INT_64, BOOL_8, OTHER_TYPE };
 
 /* Tensors of more axes are declined. */
 enum { MAX_TENSOR_AXIS = 8 };
