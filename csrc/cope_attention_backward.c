@@ -182,9 +182,9 @@ cope_attention_backward(PyObject *Py_UNUSED(module), PyObject *const *args,
                         Py_ssize_t n_arg)
 {
     if (n_arg != 17) {
-        PyErr_Format(PyExc_TypeError,
-                     "cope_attention_backward_arrays: arguments must number 17; got %zd",
-                     n_arg);
+        PyErr_Format(
+            PyExc_TypeError,
+            "cope_attention_backward_arrays: arguments must number 17; got %zd", n_arg);
         return NULL;
     }
     backward_job job;
@@ -192,9 +192,9 @@ cope_attention_backward(PyObject *Py_UNUSED(module), PyObject *const *args,
     job.shape = (cope_attention_shape){.causal = args[8] == Py_True};
     if (!take_operands(args, &job) || !take_number(args[6], &job.shape.scale) ||
         !take_number(args[7], &job.shape.position_scale) ||
-        !take_units(args[10], 2, &job.statistics) || !take_units(args[12], 2, &job.dq) ||
-        !take_units(args[13], 3, &job.dk) || !take_units(args[14], 3, &job.dv) ||
-        !take_units(args[15], 3, &job.dgate) ||
+        !take_units(args[10], 2, &job.statistics) ||
+        !take_units(args[12], 2, &job.dq) || !take_units(args[13], 3, &job.dk) ||
+        !take_units(args[14], 3, &job.dv) || !take_units(args[15], 3, &job.dgate) ||
         !take_units(args[16], 3, &job.dembedding)) {
         return NULL;
     }
