@@ -194,6 +194,136 @@ cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
     clear_floating_point_flags();
 }
 
+/* What the loops of CoPE are told: the type of the data, and that of the operand beside
+ * them, which is own or float. */
+typedef struct {
+    int type, other_type;
+} cope_variant;
+
+static cope_variant cope_variants[N_VARIANT] = {
+    [F32] = {REAL_F32, REAL_F32},       [F64] = {REAL_F64, REAL_F64},
+    [F16_F32] = {REAL_F16, REAL_F32},   [F16] = {REAL_F16, REAL_F16},
+    [BF16_F32] = {REAL_BF16, REAL_F32}, [BF16] = {REAL_BF16, REAL_BF16},
+};
+
+/* ()->(): logits -> gates, by runs of RUN */
+static void
+cope_gates_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                void *data)
+{
+    enum { RUN = 4096 };
+    const cope_variant *variant = data;
+    size_t n = (size_t)dimensions[0];
+    gates_task runs = {RUN, steps[0], steps[1], variant->type}, rest = runs;
+    rest.n = n % RUN;
+    nest loops[2];
+    char *base[NEST_N_OPERAND] = {[COPE_LOGITS] = args[0], [COPE_OUT] = args[1]};
+    ptrdiff_t step[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = RUN * steps[0], [COPE_OUT] = RUN * steps[1]};
+    nest_begin(&loops[0], base);
+    nest_add_axis(&loops[0], n / RUN, step);
+    base[COPE_LOGITS] += (ptrdiff_t)(n - rest.n) * steps[0];
+    base[COPE_OUT] += (ptrdiff_t)(n - rest.n) * steps[1];
+    nest_begin(&loops[1], base);
+    nest_job jobs[] = {{&loops[0], gates_task_strip, NULL, &runs, RUN},
+                       {&loops[1], gates_task_strip, NULL, &rest, rest.n}};
+    nest_run(jobs, 2);
+    clear_floating_point_flags();
+}
+
+/* (s),()->(s): gates, n_position -> positions */
+static void
+cope_positions_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                    void *data)
+{
+    const cope_variant *variant = data;
+    npy_intp n_row = dimensions[0], s = dimensions[1];
+    cope_task task = {
+        .within = {.n_key = (size_t)s, .key = steps[3], .out_key = steps[4]},
+        .type = variant->type,
+    };
+    char *base[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = args[0], [COPE_Z] = args[1], [COPE_OUT] = args[2]};
+    ptrdiff_t step[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = steps[0], [COPE_Z] = steps[1], [COPE_OUT] = steps[2]};
+    run_rows(cope_positions_task_strip, NULL, &task, (size_t)s, n_row, base, step);
+}
+
+/* (p),(s)->(s): z, positions -> bias */
+static void
+cope_interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                      void *data)
+{
+    const cope_variant *variant = data;
+    npy_intp n_row = dimensions[0], p = dimensions[1], s = dimensions[2];
+    cope_task task = {
+        .within = {.n_key = (size_t)s,
+                   .n_position = (size_t)p,
+                   .z_type = variant->type,
+                   .key_type = variant->other_type,
+                   .z_position = steps[3],
+                   .key = steps[4],
+                   .out_key = steps[5]},
+        .type = variant->type,
+    };
+    char *base[NEST_N_OPERAND] = {
+        [COPE_Z] = args[0], [COPE_LOGITS] = args[1], [COPE_OUT] = args[2]};
+    ptrdiff_t step[NEST_N_OPERAND] = {
+        [COPE_Z] = steps[0], [COPE_LOGITS] = steps[1], [COPE_OUT] = steps[2]};
+    run_rows(cope_interpolate_task_strip, NULL, &task, (size_t)s, n_row, base, step);
+}
+
+/* (s),(p)->(s): logits, z -> bias */
+static void
+cope_bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+               void *data)
+{
+    const cope_variant *variant = data;
+    npy_intp n_row = dimensions[0], s = dimensions[1], p = dimensions[2];
+    cope_task task = {
+        .within = {.n_key = (size_t)s,
+                   .n_position = (size_t)p,
+                   .z_type = variant->other_type,
+                   .n_visible = s,
+                   .key = steps[3],
+                   .z_position = steps[4],
+                   .out_key = steps[5]},
+        .type = variant->type,
+    };
+    size_t n_byte = (size_t)n_row * (size_t)s * (size_t)item_size(variant->type);
+    cope_task_choose_stores(&task, args[0] == args[2], n_byte);
+    char *base[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = args[0], [COPE_Z] = args[1], [COPE_OUT] = args[2]};
+    ptrdiff_t step[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = steps[0], [COPE_Z] = steps[1], [COPE_OUT] = steps[2]};
+    run_rows(cope_bias_task_strip, cope_task_finish, &task, (size_t)s, n_row, base,
+             step);
+}
+
+/* There must be a position to be at. */
+static int
+check_positions(PyUFuncObject *ufunc, npy_intp n_position)
+{
+    if (n_position > 0) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: z must hold at least one position; got 0",
+                 ufunc->name);
+    return -1;
+}
+
+static int
+check_interpolate(PyUFuncObject *ufunc, npy_intp *core)
+{
+    return check_positions(ufunc, core[0]);
+}
+
+static int
+check_bias(PyUFuncObject *ufunc, npy_intp *core)
+{
+    return check_positions(ufunc, core[1]);
+}
+
 /* The rows must be wide enough for the table; 1 and 1 is dask's question. */
 static int
 check_width(const char *name, const char *table, const npy_intp *core)
@@ -358,6 +488,113 @@ static gufunc_entry gufuncs[] = {
                   NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT},
     },
     {
+        .name = "cope_gates",
+        .doc = "Gates of contextual positions: 1 / (1 + exp(-logits)).\n\n"
+               "logits () -> gates (); float32 and float64 within 2 ulp, and float16\n"
+               "and bfloat16, computed in float32 and rounded once.\n\n"
+               "See posenc.cope_gates. Golovneva et al., 2024, eq. 3,\n"
+               "https://arxiv.org/abs/2405.18719\n\n"
+               "Examples\n--------\n"
+               ">>> from posenc import ufunc\n"
+               ">>> ufunc.cope_gates([0.0, -np.inf])\n"
+               "array([0.5, 0. ])\n",
+        .nin = 1,
+        .nout = 1,
+        .n_loop = 3,
+        .loop = {cope_gates_loop, cope_gates_loop, cope_gates_loop},
+        .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16]},
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, NPY_HALF, NPY_HALF},
+        .n_bfloat16 = 1,
+        .bfloat16_data = {&cope_variants[BF16]},
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_BFLOAT16}},
+    },
+    {
+        .name = "cope_positions",
+        .signature = "(s),()->(s)",
+        .doc = "Contextual positions: sums of gates from the last key leftwards.\n\n"
+               "gates (s), n_position () -> positions (s), at most n_position - 1;\n"
+               "of the type of gates, summed in float64 and rounded once.\n\n"
+               "See posenc.cope_positions. Golovneva et al., 2024, eq. 4,\n"
+               "https://arxiv.org/abs/2405.18719\n\n"
+               "Examples\n--------\n"
+               ">>> from posenc import ufunc\n"
+               ">>> ufunc.cope_positions([0.5, 0.5, 1.0], 2)\n"
+               "array([1., 1., 1.])\n",
+        .nin = 2,
+        .nout = 1,
+        .n_loop = 3,
+        .loop = {cope_positions_loop, cope_positions_loop, cope_positions_loop},
+        .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16]},
+        .types = {NPY_FLOAT, NPY_DOUBLE, NPY_FLOAT,   //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
+                  NPY_HALF, NPY_DOUBLE, NPY_HALF},
+        .n_bfloat16 = 1,
+        .bfloat16_data = {&cope_variants[BF16]},
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_DOUBLE, NPY_BFLOAT16}},
+    },
+    {
+        .name = "cope_interpolate",
+        .signature = "(p),(s)->(s)",
+        .doc = "The rows of z between their entries, at positions.\n\n"
+               "z (p), positions (s) -> bias (s), (1 - w) z[floor] + w z[ceil];\n"
+               "positions count as at least 0 and at most p - 1. float32 or float64;\n"
+               "or float16 or bfloat16 z with positions of its type or of float32.\n\n"
+               "See posenc.cope_interpolate. Golovneva et al., 2024, eq. 5,\n"
+               "https://arxiv.org/abs/2405.18719\n\n"
+               "Examples\n--------\n"
+               ">>> from posenc import ufunc\n"
+               ">>> ufunc.cope_interpolate([0.0, 8.0], [0.25, 1.0, 7.0])\n"
+               "array([2., 8., 8.])\n",
+        .nin = 2,
+        .nout = 1,
+        .n_loop = 4,
+        .check = check_interpolate,
+        .loop = {cope_interpolate_loop, cope_interpolate_loop, cope_interpolate_loop,
+                 cope_interpolate_loop},
+        .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16_F32],
+                 &cope_variants[F16]},
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
+                  NPY_HALF, NPY_FLOAT, NPY_HALF,      //
+                  NPY_HALF, NPY_HALF, NPY_HALF},
+        .n_bfloat16 = 2,
+        .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},
+                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+    },
+    {
+        .name = "cope_bias",
+        .signature = "(s),(p)->(s)",
+        .doc =
+            "Contextual position bias of each key: the three steps in one pass.\n\n"
+            "logits (s), z (p) -> bias (s): gates are sigmoid(logits), positions\n"
+            "their sums from the last key leftwards, at most p - 1, and the bias is\n"
+            "z there. Logits of -inf hide a key: its gate and its bias are 0.\n"
+            "float32 or float64; or float16 or bfloat16 logits with z of their type\n"
+            "or of float32: computed in float32, rounded once.\n\n"
+            "See posenc.cope_bias. Golovneva et al., 2024, eqs. 3-5,\n"
+            "https://arxiv.org/abs/2405.18719\n\n"
+            "Examples\n--------\n"
+            ">>> from posenc import ufunc\n"
+            ">>> ufunc.cope_bias([0.0, 0.0, -np.inf], [0.0, 10.0])\n"
+            "array([10.,  5.,  0.])\n",
+        .nin = 2,
+        .nout = 1,
+        .n_loop = 4,
+        .check = check_bias,
+        .loop = {cope_bias_loop, cope_bias_loop, cope_bias_loop, cope_bias_loop},
+        .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16_F32],
+                 &cope_variants[F16]},
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
+                  NPY_HALF, NPY_FLOAT, NPY_HALF,      //
+                  NPY_HALF, NPY_HALF, NPY_HALF},
+        .n_bfloat16 = 2,
+        .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},
+                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+    },
+    {
         .name = "cope_attention",
         .signature = "(t,d),(s,d),(s,d),(d,p)->(t,d)",
         .doc =
@@ -412,6 +649,7 @@ add_bfloat16_loops(PyUFuncObject *ufunc, const gufunc_entry *entry)
 static int
 add_gufunc(PyObject *module, gufunc_entry *entry)
 {
+    /* Without a signature it is an ordinary ufunc. */
     PyObject *ufunc = PyUFunc_FromFuncAndDataAndSignature(
         entry->loop, entry->data, entry->types, entry->n_loop, entry->nin, entry->nout,
         PyUFunc_None, entry->name, entry->doc, 0, entry->signature);

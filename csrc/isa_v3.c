@@ -31,6 +31,8 @@
 #define HALF_TO_FLOAT_QUAD(half) _mm_cvtph_ps((__m128i){(long long)(half), 0})
 #define FLOAT_TO_HALF_QUAD(value) \
     ((__v2di)_mm_cvtps_ph((__m128)(value), _MM_FROUND_TO_NEAREST_INT))[0]
+#define GATHER_WIDE(table, index) \
+    ((vec_wide)_mm256_i32gather_ps(table, (__m256i)(index), 4))
 #define PRODUCT_ROWS 6
 #define FUSED_F32(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define FUSED_F64(a, b, c) _mm256_fmadd_pd(a, b, c)

@@ -80,6 +80,31 @@
     __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, \
                             30, 15, 31)
 
+/* Lanes from the first, second or fourth after it on, then those of b. */
+#define FROM_1_2(a, b) __builtin_shufflevector(a, b, 1, 2)
+#define FROM_1_4(a, b) __builtin_shufflevector(a, b, 1, 2, 3, 4)
+#define FROM_1_8(a, b) __builtin_shufflevector(a, b, 1, 2, 3, 4, 5, 6, 7, 8)
+#define FROM_2_4(a, b) __builtin_shufflevector(a, b, 2, 3, 4, 5)
+#define FROM_2_8(a, b) __builtin_shufflevector(a, b, 2, 3, 4, 5, 6, 7, 8, 9)
+#define FROM_4_8(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 8, 9, 10, 11)
+
+/* The first lane everywhere. */
+#define FIRST_2(v) __builtin_shufflevector(v, v, 0, 0)
+#define FIRST_4(v) __builtin_shufflevector(v, v, 0, 0, 0, 0)
+#define FIRST_8(v) __builtin_shufflevector(v, v, 0, 0, 0, 0, 0, 0, 0, 0)
+
+/* Halves of a vector, and two vectors as one. */
+#define LOWER_4(v) __builtin_shufflevector(v, v, 0, 1)
+#define UPPER_4(v) __builtin_shufflevector(v, v, 2, 3)
+#define LOWER_8(v) __builtin_shufflevector(v, v, 0, 1, 2, 3)
+#define UPPER_8(v) __builtin_shufflevector(v, v, 4, 5, 6, 7)
+#define LOWER_16(v) __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7)
+#define UPPER_16(v) __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)
+#define JOIN_2(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3)
+#define JOIN_4(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7)
+#define JOIN_8(a, b) \
+    __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+
 #define LANES_JOIN_(name, lanes) name##lanes
 #define LANES_JOIN(name, lanes) LANES_JOIN_(name, lanes)
 

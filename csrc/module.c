@@ -93,6 +93,7 @@ module_exec(PyObject *module)
         return -1;
     }
     if (PyModule_AddFunctions(module, array_methods) < 0 ||
+        PyModule_AddFunctions(module, cope_methods) < 0 ||
         PyModule_AddFunctions(module, cope_attention_methods) < 0 ||
         PyModule_AddFunctions(module, cope_attention_backward_methods) < 0) {
         return -1;

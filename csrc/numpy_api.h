@@ -27,4 +27,7 @@ extern PyMethodDef array_methods[];
 extern PyMethodDef cope_attention_methods[];
 extern PyMethodDef cope_attention_backward_methods[];
 
+/* The same of CoPE (cope_arrays.c). */
+extern PyMethodDef cope_methods[];
+
 #endif

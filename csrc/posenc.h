@@ -89,6 +89,66 @@ typedef struct {
 typedef void cos_sin_kernel(const cos_sin_strip *strip, const char *position,
                             const char *inv_freq, char *cos, char *sin);
 
+typedef struct {
+    size_t n_row;      /* rows in the strip: queries                             */
+    size_t n_key;      /* keys per row                                           */
+    size_t n_position; /* entries of a row of z, at least 1                      */
+    int z_type;        /* of z: the type of the data, or REAL_F32                */
+    int key_type;      /* of positions: likewise                                 */
+    bool stream;       /* as for rotations                                       */
+    ptrdiff_t n_visible, visible_row; /* keys that the first row sees, and more
+                                         from row to row; kept within 0, n_key  */
+    ptrdiff_t key_row, z_row, mask_row, out_row;  /* row to row                 */
+    ptrdiff_t key, z_position, mask_key, out_key; /* within a row               */
+    ptrdiff_t dlogit_row, dz_row;                 /* backward: row to row       */
+} cope_strip;
+
+/* The contextual bias of each key: gates, positions and interpolation in one pass.
+ *
+ *   logits  (n_row, n_key)       query by key; -inf hides a key
+ *   z       (n_row, n_position)  query by position embedding
+ *   mask    (n_row, n_key)       bytes, 0 hides a key; may be NULL
+ *   out     (n_row, n_key)       may be logits itself with its own steps; else
+ *                                disjoint
+ *
+ * Gates are sigmoid(logit), 0 for hidden keys; the position p of a key is the sum of
+ * the gates from the last key down to it, at most n_position - 1; the bias is
+ * (1 - w) z[floor p] + w z[ceil p] with w = p - floor p, and 0 for hidden keys.  What
+ * lies at or left of a NaN gate is NaN but for hidden keys, as the quiet NaN.
+ *
+ * Float gates are within 2 ulp and enter the sum as multiples of 2^-45 (if
+ * n_position <= 112; of twice that for each doubling), in double: their sums are exact,
+ * so that their order does not matter.  Double gates are summed from the right.
+ *
+ * Golovneva et al., "Contextual Position Encoding", 2024, eqs. 3-5 and appendix B.
+ */
+typedef void cope_bias_kernel(const cope_strip *strip, const char *logits,
+                              const char *z, const char *mask, char *out);
+
+/* Its gradient: dlogits (n_row, n_key) and dz (n_row, n_position), floats (doubles for
+ * doubles) side by side in each row, disjoint from all the rest; grad like out above.
+ * At whole and at saturated positions nothing flows into the position, as in the
+ * listing, where the floor and the ceiling are one.
+ */
+typedef void cope_bias_backward_kernel(const cope_strip *strip, const char *logits,
+                                       const char *z, const char *mask,
+                                       const char *grad, char *dlogits, char *dz);
+
+/* sigmoid(x) of n numbers, within 2 ulp (16 bits: rounded once); x may be out. */
+typedef void cope_gates_kernel(size_t n, const char *x, ptrdiff_t x_step, char *out,
+                               ptrdiff_t out_step);
+
+/* Positions (n_row, n_key) from any gates: their sums from the right, in double, at
+ * most n_position - 1, which are doubles (n_row,) that z_row steps.
+ */
+typedef void cope_positions_kernel(const cope_strip *strip, const char *gates,
+                                   const char *n_position, char *out);
+
+/* z (n_row, n_position) between its entries at positions (n_row, n_key), which count as
+ * at least 0 and at most n_position - 1.
+ */
+typedef void cope_interpolate_kernel(const cope_strip *strip, const char *z,
+                                     const char *positions, char *out);
 /* One attention with contextual positions: what it reads and where that is.  Steps are
  * in bytes; those of an operand that is shared may be zero. */
 typedef struct {
@@ -174,6 +234,11 @@ typedef struct {
     const char *simd;
     rope_kernel *rope[N_LAYOUT][N_ROUNDING][N_REAL];
     cos_sin_kernel *cos_sin;
+    cope_gates_kernel *cope_gates[N_REAL];
+    cope_positions_kernel *cope_positions[N_REAL];
+    cope_interpolate_kernel *cope_interpolate[N_REAL];
+    cope_bias_kernel *cope_bias[N_REAL];
+    cope_bias_backward_kernel *cope_bias_backward[N_REAL];
     struct {
         size_t block; /* queries */
         size_t (*scratch_size)(const cope_attention_shape *shape);

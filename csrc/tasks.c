@@ -69,3 +69,77 @@ table_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
     kernels->cos_sin(&strip, base[TABLE_POSITION], base[TABLE_INV_FREQ],
                      base[TABLE_COS], base[TABLE_SIN]);
 }
+
+void
+cope_task_choose_stores(cope_task *task, bool in_place, size_t n_byte)
+{
+    task->within.stream = !in_place && n_byte >= MIN_STREAM_SIZE;
+}
+
+void
+cope_task_finish(void *task)
+{
+    if (((const cope_task *)task)->within.stream) {
+        kernels->finish_stores();
+    }
+}
+
+static cope_strip
+cope_strip_of(const cope_task *task, size_t n_row, const ptrdiff_t step[NEST_N_OPERAND])
+{
+    cope_strip strip = task->within;
+    strip.n_row = n_row;
+    strip.key_row = step[COPE_LOGITS];
+    strip.z_row = step[COPE_Z];
+    strip.mask_row = step[COPE_MASK];
+    strip.out_row = step[COPE_OUT];
+    return strip;
+}
+
+void
+cope_bias_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                     const ptrdiff_t step[NEST_N_OPERAND],
+                     const ptrdiff_t ahead[NEST_N_OPERAND])
+{
+    (void)ahead;
+    cope_strip strip = cope_strip_of(task, n_row, step);
+    kernels->cope_bias[((const cope_task *)task)->type](
+        &strip, base[COPE_LOGITS], base[COPE_Z], NULL, base[COPE_OUT]);
+}
+
+void
+cope_interpolate_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                            const ptrdiff_t step[NEST_N_OPERAND],
+                            const ptrdiff_t ahead[NEST_N_OPERAND])
+{
+    (void)ahead;
+    cope_strip strip = cope_strip_of(task, n_row, step);
+    kernels->cope_interpolate[((const cope_task *)task)->type](
+        &strip, base[COPE_Z], base[COPE_LOGITS], base[COPE_OUT]);
+}
+
+void
+cope_positions_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                          const ptrdiff_t step[NEST_N_OPERAND],
+                          const ptrdiff_t ahead[NEST_N_OPERAND])
+{
+    (void)ahead;
+    cope_strip strip = cope_strip_of(task, n_row, step);
+    kernels->cope_positions[((const cope_task *)task)->type](
+        &strip, base[COPE_LOGITS], base[COPE_Z], base[COPE_OUT]);
+}
+
+void
+gates_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                 const ptrdiff_t step[NEST_N_OPERAND],
+                 const ptrdiff_t ahead[NEST_N_OPERAND])
+{
+    (void)ahead;
+    const gates_task *gates = task;
+    for (size_t row = 0; row < n_row; row++) {
+        ptrdiff_t r = (ptrdiff_t)row;
+        kernels->cope_gates[gates->type](
+            gates->n, base[COPE_LOGITS] + r * step[COPE_LOGITS], gates->step,
+            base[COPE_OUT] + r * step[COPE_OUT], gates->out_step);
+    }
+}

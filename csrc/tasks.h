@@ -1,4 +1,5 @@
-/* What both doors ask for: rotations and tables as jobs over nests.
+/* What both doors ask for: rotations, tables and contextual positions as jobs over
+ * nests.
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
@@ -35,5 +36,30 @@ enum { TABLE_POSITION, TABLE_INV_FREQ, TABLE_COS, TABLE_SIN };
 
 /* Strips of a cos_sin_strip, used as the task. */
 nest_strip table_task_strip;
+
+/* The operands of the nests of cope_bias, cope_interpolate (its positions stand for the
+ * logits) and cope_positions (gates and n_position), in this order. */
+enum { COPE_LOGITS, COPE_Z, COPE_MASK, COPE_OUT };
+
+typedef struct {
+    cope_strip within; /* steps within a row */
+    int type;          /* of the data: which kernel */
+} cope_task;
+
+/* Stream the result, of n_byte, on the grounds that rotations have. */
+void cope_task_choose_stores(cope_task *task, bool in_place, size_t n_byte);
+
+/* Strips of a cope_task. */
+nest_strip cope_bias_task_strip, cope_interpolate_task_strip, cope_positions_task_strip;
+nest_finish cope_task_finish;
+
+/* Gates of runs of n numbers: operands COPE_LOGITS and COPE_OUT. */
+typedef struct {
+    size_t n;
+    ptrdiff_t step, out_step;
+    int type;
+} gates_task;
+
+nest_strip gates_task_strip;
 
 #endif

@@ -8,6 +8,7 @@ Hugging Face models in `posenc.hf`.
 
 # SPDX-License-Identifier: BSD-3-Clause
 from . import ufunc
+from ._cope import cope_bias, cope_gates, cope_interpolate, cope_positions
 from ._rope import (
     permute_layout,
     rope,
@@ -24,6 +25,10 @@ from ._version import __version__
 __all__ = [
     "__version__",
     "build_info",
+    "cope_bias",
+    "cope_gates",
+    "cope_interpolate",
+    "cope_positions",
     "get_num_threads",
     "permute_layout",
     "rope",

@@ -13,6 +13,7 @@ _GRADIENTS = {
     "rope": " (posenc.torch.rope gives gradients)",
     "rope_qk": " (posenc.torch.rope_qk gives gradients)",
     "rope_complex": " (posenc.torch.rope gives gradients)",
+    "cope_bias": " (posenc.torch.cope_bias gives gradients)",
 }
 
 

@@ -4,6 +4,10 @@ from typing import Any, Final
 
 import numpy as np
 
+cope_bias: Final[np.ufunc]
+cope_gates: Final[np.ufunc]
+cope_interpolate: Final[np.ufunc]
+cope_positions: Final[np.ufunc]
 cos_sin: Final[np.ufunc]
 rope_complex: Final[np.ufunc]
 rope_half: Final[np.ufunc]
@@ -63,3 +67,21 @@ def cos_sin_arrays(
     sin: Any,
     /,
 ) -> NotImplementedType | None: ...
+def cope_bias_arrays(
+    logits: np.ndarray,
+    z: np.ndarray,
+    mask: np.ndarray | None,
+    causal: bool,
+    out: np.ndarray,
+    /,
+) -> None: ...
+def cope_bias_backward_arrays(
+    logits: np.ndarray,
+    z: np.ndarray,
+    mask: np.ndarray | None,
+    causal: bool,
+    grad_out: np.ndarray,
+    dlogits: np.ndarray,
+    dz: np.ndarray,
+    /,
+) -> None: ...

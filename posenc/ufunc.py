@@ -10,11 +10,18 @@ and checks, take torch tensors, and are faster on plain arrays.
 - ``rope_complex(x, cis)``, ``(n),(m)->(n)``: the same pairs by a complex table
 - ``cos_sin(position, inv_freq)``, ``(),(m)->(m),(m)``: exact angles, in the type of
   `inv_freq` unless ``dtype=`` or ``out=`` says other
+- ``cope_gates(logits)``, ``()->()``, elementwise: sigmoids
+- ``cope_positions(gates, n_position)``, ``(s),()->(s)``: their sums from the right
+- ``cope_interpolate(z, positions)``, ``(p),(s)->(s)``: z between its entries
+- ``cope_bias(logits, z)``, ``(s),(p)->(s)``: the three in one pass; -inf logits hide
+  a key
 
 The rotations take float32 and float64; and float16 and ml_dtypes' bfloat16 data with a
-float32 (complex64) table or, but for ``rope_complex``, one of their own type. Results
-are of x's type; those of 16 bits are computed in float32 and rounded once. Other
-mixtures NumPy casts to the first of these types that holds them all safely.
+float32 (complex64) table or, but for ``rope_complex``, one of their own type; so do
+``cope_bias`` and ``cope_interpolate`` with their second operand, and n_position is
+float64. Results are of the data's type, that of x, logits, gates or z; those of 16 bits
+are computed in float32 and rounded once. Other mixtures NumPy casts to the first of
+these types that holds them all safely.
 
 Examples
 --------
@@ -26,6 +33,24 @@ Examples
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
-from ._core import cos_sin, rope_complex, rope_half, rope_interleaved
+from ._core import (
+    cope_bias,
+    cope_gates,
+    cope_interpolate,
+    cope_positions,
+    cos_sin,
+    rope_complex,
+    rope_half,
+    rope_interleaved,
+)
 
-__all__ = ["cos_sin", "rope_complex", "rope_half", "rope_interleaved"]
+__all__ = [
+    "cope_bias",
+    "cope_gates",
+    "cope_interpolate",
+    "cope_positions",
+    "cos_sin",
+    "rope_complex",
+    "rope_half",
+    "rope_interleaved",
+]
