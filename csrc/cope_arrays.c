@@ -52,8 +52,8 @@ run_kernel(const cope_rows *rows, const cope_strip *strip, size_t row)
     const char *mask = row_of(rows, MASK, row);
     if (rows->is_backward) {
         kernels->cope_bias_backward[rows->type](
-            strip, logits, z, mask, row_of(rows, GRAD, row),
-            row_of(rows, DLOGITS, row), row_of(rows, DZ, row));
+            strip, logits, z, mask, row_of(rows, GRAD, row), row_of(rows, DLOGITS, row),
+            row_of(rows, DZ, row));
     } else {
         kernels->cope_bias[rows->type](strip, logits, z, mask, row_of(rows, OUT, row));
     }
@@ -203,8 +203,8 @@ run_all(cope_rows *rows)
     nest_add_axis(&loops, n_row, step);
     nest_job job = {&loops, rows_strip, rows_finish, rows, row_size};
     NPY_BEGIN_THREADS_DEF;
-    NPY_BEGIN_THREADS_THRESHOLDED(
-        n_row * row_size > MIN_SIZE_WITHOUT_GIL ? NPY_MAX_INTP : 0);
+    NPY_BEGIN_THREADS_THRESHOLDED(n_row * row_size > MIN_SIZE_WITHOUT_GIL ? NPY_MAX_INTP
+                                                                          : 0);
     if (n_row > 0) {
         nest_run(&job, 1);
     }
@@ -236,8 +236,7 @@ cope_bias(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 
 /* cope_bias_backward(logits, z, mask, causal, grad_out, dlogits, dz) */
 static PyObject *
-cope_bias_backward(PyObject *Py_UNUSED(module), PyObject *const *args,
-                   Py_ssize_t n_arg)
+cope_bias_backward(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
     const char *name = "cope_bias_backward_arrays";
     cope_rows rows = {.is_backward = true};

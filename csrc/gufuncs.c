@@ -152,8 +152,8 @@ typedef struct {
 } cope_variant;
 
 static cope_variant cope_variants[N_VARIANT] = {
-    [F32] = {REAL_F32, REAL_F32},      [F64] = {REAL_F64, REAL_F64},
-    [F16_F32] = {REAL_F16, REAL_F32},  [F16] = {REAL_F16, REAL_F16},
+    [F32] = {REAL_F32, REAL_F32},       [F64] = {REAL_F64, REAL_F64},
+    [F16_F32] = {REAL_F16, REAL_F32},   [F16] = {REAL_F16, REAL_F16},
     [BF16_F32] = {REAL_BF16, REAL_F32}, [BF16] = {REAL_BF16, REAL_BF16},
 };
 
@@ -169,8 +169,8 @@ cope_gates_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
     rest.n = n % RUN;
     nest loops[2];
     char *base[NEST_N_OPERAND] = {[COPE_LOGITS] = args[0], [COPE_OUT] = args[1]};
-    ptrdiff_t step[NEST_N_OPERAND] = {[COPE_LOGITS] = RUN * steps[0],
-                                      [COPE_OUT] = RUN * steps[1]};
+    ptrdiff_t step[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = RUN * steps[0], [COPE_OUT] = RUN * steps[1]};
     nest_begin(&loops[0], base);
     nest_add_axis(&loops[0], n / RUN, step);
     base[COPE_LOGITS] += (ptrdiff_t)(n - rest.n) * steps[0];
@@ -258,8 +258,8 @@ check_positions(PyUFuncObject *ufunc, npy_intp n_position)
     if (n_position > 0) {
         return 0;
     }
-    PyErr_Format(PyExc_ValueError,
-                 "%s: z must hold at least one position; got 0", ufunc->name);
+    PyErr_Format(PyExc_ValueError, "%s: z must hold at least one position; got 0",
+                 ufunc->name);
     return -1;
 }
 
@@ -504,18 +504,19 @@ static gufunc_entry gufuncs[] = {
     {
         .name = "cope_bias",
         .signature = "(s),(p)->(s)",
-        .doc = "Contextual position bias of each key: the three steps in one pass.\n\n"
-               "logits (s), z (p) -> bias (s): gates are sigmoid(logits), positions\n"
-               "their sums from the last key leftwards, at most p - 1, and the bias is\n"
-               "z there. Logits of -inf hide a key: its gate and its bias are 0.\n"
-               "float32 or float64; or float16 or bfloat16 logits with z of their type\n"
-               "or of float32: computed in float32, rounded once.\n\n"
-               "See posenc.cope_bias. Golovneva et al., 2024, eqs. 3-5,\n"
-               "https://arxiv.org/abs/2405.18719\n\n"
-               "Examples\n--------\n"
-               ">>> from posenc import ufunc\n"
-               ">>> ufunc.cope_bias([0.0, 0.0, -np.inf], [0.0, 10.0])\n"
-               "array([10.,  5.,  0.])\n",
+        .doc =
+            "Contextual position bias of each key: the three steps in one pass.\n\n"
+            "logits (s), z (p) -> bias (s): gates are sigmoid(logits), positions\n"
+            "their sums from the last key leftwards, at most p - 1, and the bias is\n"
+            "z there. Logits of -inf hide a key: its gate and its bias are 0.\n"
+            "float32 or float64; or float16 or bfloat16 logits with z of their type\n"
+            "or of float32: computed in float32, rounded once.\n\n"
+            "See posenc.cope_bias. Golovneva et al., 2024, eqs. 3-5,\n"
+            "https://arxiv.org/abs/2405.18719\n\n"
+            "Examples\n--------\n"
+            ">>> from posenc import ufunc\n"
+            ">>> ufunc.cope_bias([0.0, 0.0, -np.inf], [0.0, 10.0])\n"
+            "array([10.,  5.,  0.])\n",
         .nin = 2,
         .nout = 1,
         .n_loop = 4,

@@ -88,7 +88,8 @@
 #define UPPER_16(v) __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)
 #define JOIN_2(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3)
 #define JOIN_4(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7)
-#define JOIN_8(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#define JOIN_8(a, b) \
+    __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 
 #define LANES_JOIN_(name, lanes) name##lanes
 #define LANES_JOIN(name, lanes) LANES_JOIN_(name, lanes)

@@ -98,7 +98,7 @@ typedef struct {
     bool stream;       /* as for rotations                                       */
     ptrdiff_t n_visible, visible_row; /* keys that the first row sees, and more
                                          from row to row; kept within 0, n_key  */
-    ptrdiff_t key_row, z_row, mask_row, out_row; /* row to row                 */
+    ptrdiff_t key_row, z_row, mask_row, out_row;  /* row to row                 */
     ptrdiff_t key, z_position, mask_key, out_key; /* within a row               */
     ptrdiff_t dlogit_row, dz_row;                 /* backward: row to row       */
 } cope_strip;
@@ -117,8 +117,8 @@ typedef struct {
  * lies at or left of a NaN gate is NaN but for hidden keys, as the quiet NaN.
  *
  * Float gates are within 2 ulp and enter the sum as multiples of 2^-45 (if
- * n_position <= 112; of twice that for each doubling), in double: their sums are exact, so
- * that their order does not matter.  Double gates are summed from the right.
+ * n_position <= 112; of twice that for each doubling), in double: their sums are exact,
+ * so that their order does not matter.  Double gates are summed from the right.
  *
  * Golovneva et al., "Contextual Position Encoding", 2024, eqs. 3-5 and appendix B.
  */

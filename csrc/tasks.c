@@ -85,8 +85,7 @@ cope_task_finish(void *task)
 }
 
 static cope_strip
-cope_strip_of(const cope_task *task, size_t n_row,
-              const ptrdiff_t step[NEST_N_OPERAND])
+cope_strip_of(const cope_task *task, size_t n_row, const ptrdiff_t step[NEST_N_OPERAND])
 {
     cope_strip strip = task->within;
     strip.n_row = n_row;

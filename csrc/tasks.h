@@ -1,4 +1,5 @@
-/* What both doors ask for: rotations, tables and contextual positions as jobs over nests.
+/* What both doors ask for: rotations, tables and contextual positions as jobs over
+ * nests.
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */

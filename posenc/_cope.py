@@ -242,7 +242,8 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
 
     The last query alone, as with a cache, and the second key padding:
 
-    >>> posenc.cope_bias(np.zeros((1, 3)), [[0.0, 10.0, 40.0]], mask=[True, False, True])
+    >>> mask = [True, False, True]
+    >>> posenc.cope_bias(np.zeros((1, 3)), [[0.0, 10.0, 40.0]], mask=mask)
     array([[10.,  0.,  5.]])
     """
     here = "cope_bias"

@@ -133,8 +133,8 @@ def within_table_ulp(results, operands):
                 assert error <= TABLE_ULP[cos.dtype], angle
 
 
-# In eps of the greatest number that goes into a result. Products, sums and what two ulp of
-# a gate move are a few; of 16 bits it is the one rounding, after float32.
+# In eps of the greatest number that goes into a result. Products, sums and what two ulp
+# of a gate move are a few; of 16 bits it is the one rounding, after float32.
 CLOSE = {np.float32: 4, np.float64: 8, np.float16: 0.51, bfloat16: 0.51}
 
 

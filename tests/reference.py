@@ -257,7 +257,8 @@ def cope_positions(gates, n_position, dtype=np.float64):
     with np.errstate(all="ignore"):
         sums = sums_from_right(gates.astype(dtype))
         if dtype == np.float64:  # a sum that leaves the doubles does not come back
-            sums = np.where(np.abs(sums) > np.finfo(dtype).max, np.sign(sums) * np.inf, sums)
+            is_out = np.abs(sums) > np.finfo(dtype).max
+            sums = np.where(is_out, np.sign(sums) * np.inf, sums)
         sizes = sums_from_right(np.abs(gates))
     positions = np.minimum(sums, np.asarray(n_position)[..., None] - 1)
     return positions, np.broadcast_to(sizes, positions.shape)

@@ -13,8 +13,8 @@ from posenc import _core
 
 torch = pytest.importorskip("torch")
 
-# Of the float32 listing's greatest error on the same numbers: the aim is a tenth, but of
-# few positions the roundings of the last interpolation are as large as all the rest.
+# Of the float32 listing's greatest error on the same numbers: the aim is a tenth, but with
+# few positions the roundings of the interpolation are as large as all the rest.
 SHARE_OF_LISTING = {5: 1.0, 16: 0.8, 64: 0.35, 200: 0.2, 1500: 0.1}
 # In float64, both differ by the order of sums up to P in size, times differences of z.
 FLOAT64_ERROR = 1e-12
@@ -64,8 +64,10 @@ def test_float32_is_nearer_to_the_truth_than_the_listing(n_position, causal, mea
     theirs = np.abs(expected(logits, z, seen, torch.float32) - true).max()
     ours = np.abs(posenc.cope_bias(logits, z, causal=causal) - true).max()
     assert ours <= SHARE_OF_LISTING[n_position] * theirs
-    measured(f"cope_bias, {n_position} positions, causal={causal}: error {ours:.1e}, "
-             f"{ours / theirs:.2f} of the float32 listing's")  # fmt: skip
+    measured(
+        f"cope_bias, {n_position} positions, causal={causal}: error {ours:.1e}, "
+        f"{ours / theirs:.2f} of the float32 listing's"
+    )
 
 
 @pytest.mark.parametrize("n_position", [1, 2, 3, 17, 63, 64, 65, 128, 300])
@@ -94,8 +96,13 @@ def test_16_bit_data_are_rounded_once(dtype, n_position):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_gates_are_within_2_ulp(dtype):
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.uniform(-110, 40, 900), rng.uniform(-760, -90, 100),
-                        [17.0, 16.5, -0.0, 1e-40]]).astype(dtype)  # fmt: skip
+    x = np.concatenate(
+        [
+            rng.uniform(-110, 40, 900),
+            rng.uniform(-760, -90, 100),
+            [17.0, 16.5, -0.0, 1e-40],
+        ]
+    ).astype(dtype)
     gates = posenc.cope_gates(x)
     for value, gate in zip(x, gates, strict=True):
         with mpmath.mp.workprec(200):
@@ -134,7 +141,10 @@ def test_saturated_keys_get_the_last_entry_exactly():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_hidden_keys_do_not_count(shape, dtype):
     """By causality, by a mask and by -inf: the same bits, 0 where hidden."""
-    logits, z = normal(2, *shape, dtype=dtype), normal(2, shape[0], 6, seed=1, dtype=dtype)
+    logits, z = (
+        normal(2, *shape, dtype=dtype),
+        normal(2, shape[0], 6, seed=1, dtype=dtype),
+    )
     mask = np.random.default_rng(2).random((2, *shape)) < 0.6
     seen = mask & seen_by(*shape)
     hidden = np.where(seen, logits, dtype(-np.inf))
@@ -151,7 +161,9 @@ def test_what_is_hidden_is_not_read():
     want = posenc.cope_bias(logits, z)
     spoilt = np.where(seen_by(60, 60), logits, np.nan)
     reference.same_bits(posenc.cope_bias(spoilt.astype("f"), z), want)
-    reference.same_bits(posenc.cope_bias(spoilt.astype("f"), z, mask=seen_by(60, 60)), want)
+    reference.same_bits(
+        posenc.cope_bias(spoilt.astype("f"), z, mask=seen_by(60, 60)), want
+    )
 
 
 def test_padding_is_broadcast():
@@ -175,11 +187,17 @@ def test_leading_axes_are_broadcast():
     logits, z = normal(3, 1, 5, 20), normal(2, 5, 8, seed=1)
     got = posenc.cope_bias(logits, z)
     assert got.shape == (3, 2, 5, 20)
-    same = posenc.cope_bias(*(np.ascontiguousarray(np.broadcast_to(x, (3, 2, *x.shape[-2:])))
-                              for x in (logits, z)))  # fmt: skip
+    same = posenc.cope_bias(
+        *(
+            np.ascontiguousarray(np.broadcast_to(x, (3, 2, *x.shape[-2:])))
+            for x in (logits, z)
+        )
+    )
     reference.same_bits(got, same)
-    reference.same_bits(posenc.cope_bias(logits, z[0, 0])[0, 0],
-                        posenc.cope_bias(logits[0, 0], np.tile(z[0, 0], (5, 1))))  # fmt: skip
+    reference.same_bits(
+        posenc.cope_bias(logits, z[0, 0])[0, 0],
+        posenc.cope_bias(logits[0, 0], np.tile(z[0, 0], (5, 1))),
+    )
 
 
 # --- bad numbers ---------------------------------------------------------------------
@@ -217,8 +235,13 @@ def layouts(array):
     raw = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype)
     raw = raw.reshape(array.shape)
     raw[...] = array
-    return [np.asfortranarray(array), wide[..., ::2], array[::-1, ::-1].copy()[::-1, ::-1],
-            raw, array.astype(array.dtype.newbyteorder())]  # fmt: skip
+    return [
+        np.asfortranarray(array),
+        wide[..., ::2],
+        array[::-1, ::-1].copy()[::-1, ::-1],
+        raw,
+        array.astype(array.dtype.newbyteorder()),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
@@ -227,7 +250,9 @@ def test_any_memory(dtype):
     mask = np.random.default_rng(0).random((20, 70)) < 0.7
     want = posenc.cope_bias(logits, z, mask=mask)
     for x, table in zip(layouts(logits), layouts(z), strict=True):
-        reference.same_bits(posenc.cope_bias(x, table, mask=np.asfortranarray(mask)), want)
+        reference.same_bits(
+            posenc.cope_bias(x, table, mask=np.asfortranarray(mask)), want
+        )
     for out in layouts(np.zeros_like(logits))[:4]:
         assert posenc.cope_bias(logits, z, mask=mask, out=out) is out
         reference.same_bits(out, want)
@@ -260,8 +285,11 @@ def test_tensors_and_their_kinds():
     version = out._version
     assert posenc.cope_bias(logits, z, out=out) is out
     assert out._version > version
-    for function in (posenc.cope_gates, lambda x, **o: posenc.cope_positions(x, 3, **o),
-                     lambda x, **o: posenc.cope_interpolate(z, x, **o)):  # fmt: skip
+    for function in (
+        posenc.cope_gates,
+        lambda x, **o: posenc.cope_positions(x, 3, **o),
+        lambda x, **o: posenc.cope_interpolate(z, x, **o),
+    ):
         assert function(logits, out=out) is out
         reference.same_bits(function(logits), out)
     with pytest.raises(TypeError, match=r"posenc\.torch\.cope_bias gives gradients"):
@@ -272,8 +300,11 @@ def test_dask():
     da = pytest.importorskip("dask.array")
     logits, z = normal(4, 10, 20), normal(4, 10, 5, seed=1)
     mask = np.arange(20) > 3
-    lazy = posenc.cope_bias(da.from_array(logits, chunks=(2, 5, -1)),
-                            da.from_array(z, chunks=(2, 5, -1)), mask=mask)  # fmt: skip
+    lazy = posenc.cope_bias(
+        da.from_array(logits, chunks=(2, 5, -1)),
+        da.from_array(z, chunks=(2, 5, -1)),
+        mask=mask,
+    )
     assert isinstance(lazy, da.Array)
     reference.same_bits(lazy.compute(), posenc.cope_bias(logits, z, mask=mask))
 
@@ -282,8 +313,10 @@ def test_a_large_result_is_the_same_as_its_rows():
     """Past the caches, by any number of threads."""
     logits, z = normal(4, 1000, 1024), normal(4, 1000, 64, seed=1)
     logits[1, 5, 3] = np.nan
-    rows = [posenc.cope_bias(logits[:, i : i + 1, : 25 + i], z[:, i : i + 1])
-            for i in range(0, 1000, 111)]  # fmt: skip
+    rows = [
+        posenc.cope_bias(logits[:, i : i + 1, : 25 + i], z[:, i : i + 1])
+        for i in range(0, 1000, 111)
+    ]
     try:
         for n in (1, 2, 3, 8):
             posenc.set_num_threads(n)
@@ -319,7 +352,10 @@ def true_gradients(logits, z, seen, grad):
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_gradients_are_the_listings(dtype, n_position, shape, is_masked):
     logits = normal(2, *shape, dtype=dtype)
-    z, grad = normal(2, shape[0], n_position, seed=1, dtype=dtype), normal(2, *shape, seed=2)
+    z, grad = (
+        normal(2, shape[0], n_position, seed=1, dtype=dtype),
+        normal(2, *shape, seed=2),
+    )
     mask = np.random.default_rng(3).random((2, *shape)) < 0.7 if is_masked else None
     seen = seen_by(*shape) & (True if mask is None else mask)
     got = gradients(logits, z, mask, True, grad.astype(dtype))
@@ -339,7 +375,9 @@ def test_gradients_of_16_bit_data_are_float32():
     logits, z, grad = normal(5, 40), normal(5, 9, seed=1), normal(5, 40, seed=2)
     short = [x.astype(bfloat16) for x in (logits, z, grad)]
     got = gradients(short[0], short[1], None, True, short[2])
-    want = gradients(*(x.astype("f") for x in short[:2]), None, True, short[2].astype("f"))
+    want = gradients(
+        *(x.astype("f") for x in short[:2]), None, True, short[2].astype("f")
+    )
     for mine, same in zip(got, want, strict=True):
         reference.same_bits(mine, same)
 
@@ -355,7 +393,11 @@ def test_nan_spoils_gradients_of_its_row_only():
 
 
 def test_gradients_are_the_same_for_any_number_of_threads():
-    logits, z, grad = normal(9, 200, 150), normal(9, 200, 30), normal(9, 200, 150, seed=2)
+    logits, z, grad = (
+        normal(9, 200, 150),
+        normal(9, 200, 30),
+        normal(9, 200, 150, seed=2),
+    )
     found = []
     try:
         for n in (1, 2, 5):
@@ -370,9 +412,15 @@ def test_gradients_are_the_same_for_any_number_of_threads():
 
 def test_the_private_door_wants_what_was_agreed():
     logits, z = normal(2, 3, 4), normal(2, 3, 5)
-    for arguments in [(), (logits, z, None, True, z), (logits, z[:1], None, True, logits),
-                      (logits, z, None, 1, logits), (logits, z.astype("d"), None, True, logits),
-                      (logits, z, z, True, logits), (logits[0, 0], z, None, True, logits)]:  # fmt: skip
+    for arguments in [
+        (),
+        (logits, z, None, True, z),
+        (logits, z[:1], None, True, logits),
+        (logits, z, None, 1, logits),
+        (logits, z.astype("d"), None, True, logits),
+        (logits, z, z, True, logits),
+        (logits[0, 0], z, None, True, logits),
+    ]:
         with pytest.raises(TypeError, match="cope_bias_arrays: arguments must"):
             _core.cope_bias_arrays(*arguments)
     with pytest.raises(TypeError, match="cope_bias_backward_arrays: arguments must"):

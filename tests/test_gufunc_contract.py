@@ -156,7 +156,8 @@ def test_empty_loops_give_empty_results(spec, loops):
     for result, core in zip(
         spec.call(*operands), spec.cores[spec.ufunc.nin :], strict=True
     ):
-        assert result.shape == (*loops, *(gufuncs.size_of(name, SIZES) for name in core))
+        sizes = (gufuncs.size_of(name, SIZES) for name in core)
+        assert result.shape == (*loops, *sizes)
 
 
 @every_gufunc
