@@ -5,76 +5,12 @@
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
-#include "view.h"
+#include "cope_attention.h"
 
 #include <string.h>
 
-#include "dispatch.h"
-#include "parallel.h"
-
-/* The axes of heads: batch, key heads, and the query heads of one key head. */
-enum { N_HEAD_AXIS = 3 };
-
-/* Where one operand of a head starts. */
-typedef struct {
-    char *data;
-    ptrdiff_t step[N_HEAD_AXIS];
-} head_places;
-
-typedef struct {
-    cope_attention_shape shape;
-    size_t n_head[N_HEAD_AXIS], n_block;
-    head_places q, k, v, gate_key, embedding, mask, out, statistics;
-    char *scratch;
-    size_t scratch_size;
-} attention_job;
-
-static char *
-place_of(const head_places *p, const size_t head[N_HEAD_AXIS])
-{
-    if (p->data == NULL) {
-        return NULL;
-    }
-    char *at = p->data;
-    for (int i = 0; i < N_HEAD_AXIS; i++) {
-        at += (ptrdiff_t)head[i] * p->step[i];
-    }
-    return at;
-}
-
-/* Parts take blocks by turns, from the first on in one head and from the last on in
- * the next: the later a block, the more keys it sees. */
-static void
-attend_part(void *job, int part, int n_part)
-{
-    const attention_job *a = job;
-    int real = a->shape.type == REAL_F64;
-    char *scratch = a->scratch + (size_t)part * a->scratch_size;
-    size_t n_unit = a->n_head[0] * a->n_head[1] * a->n_head[2] * a->n_block;
-    for (size_t unit = (size_t)part; unit < n_unit; unit += (size_t)n_part) {
-        size_t number = unit / a->n_block, block = unit % a->n_block;
-        size_t head[N_HEAD_AXIS] = {number / a->n_head[2] / a->n_head[1],
-                                    number / a->n_head[2] % a->n_head[1],
-                                    number % a->n_head[2]};
-        block = number % 2 == 0 ? block : a->n_block - 1 - block;
-        cope_attention_operands operands = {
-            .q = place_of(&a->q, head),
-            .k = place_of(&a->k, head),
-            .v = place_of(&a->v, head),
-            .gate_key = place_of(&a->gate_key, head),
-            .embedding = place_of(&a->embedding, head),
-            .mask = place_of(&a->mask, head),
-            .out = place_of(&a->out, head),
-            .statistics = place_of(&a->statistics, head),
-        };
-        kernels->cope_attention[real].run(
-            &a->shape, &operands, block * kernels->cope_attention[real].block, scratch);
-    }
-}
-
-/* Describe an operand: (batch, key head, head, row, column), or without the head. */
-static bool
-take(PyObject *object, int n_axis, view *seen, head_places *places)
+bool
+take_heads(PyObject *object, int n_axis, view *seen, head_places *places)
 {
     if (object == Py_None) {
         *places = (head_places){.data = NULL};
@@ -82,7 +18,7 @@ take(PyObject *object, int n_axis, view *seen, head_places *places)
     }
     if (!view_of(object, seen) || seen->n_axis != n_axis) {
         PyErr_Format(PyExc_TypeError,
-                     "cope_attention_arrays: operands must be plain arrays of %d axes",
+                     "cope_attention: operands must be plain arrays of %d axes",
                      n_axis);
         return false;
     }
@@ -93,43 +29,17 @@ take(PyObject *object, int n_axis, view *seen, head_places *places)
     return true;
 }
 
-static ptrdiff_t
+ptrdiff_t
 row_step(const view *seen)
 {
     return seen->step[seen->n_axis - 2];
 }
 
-static bool
+bool
 take_number(PyObject *object, double *value)
 {
     *value = PyFloat_AsDouble(object);
     return *value != -1.0 || !PyErr_Occurred();
-}
-
-static int
-run_attention(attention_job *job, npy_intp n_unit)
-{
-    int n_part = parallel_n_thread();
-    n_part = n_unit < n_part ? (int)n_unit : n_part;
-    if (n_part == 0) {
-        return 0;
-    }
-    const kernel_table *table = kernels;
-    int real = job->shape.type == REAL_F64;
-    size_t size = table->cope_attention[real].scratch_size(&job->shape);
-    job->scratch_size = (size + 4095) / 4096 * 4096;
-    char *memory = PyMem_RawMalloc(job->scratch_size * (size_t)n_part + 64);
-    if (memory == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    job->scratch = memory + (0 - (size_t)(uintptr_t)memory) % 64;
-    NPY_BEGIN_THREADS_DEF;
-    NPY_BEGIN_THREADS;
-    parallel_run(attend_part, job, n_part);
-    NPY_END_THREADS;
-    PyMem_RawFree(memory);
-    return 0;
 }
 
 /* cope_attention_arrays(q, k, v, gate_key, embedding, mask, scale, position_scale,
@@ -146,13 +56,14 @@ cope_attention(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_
     attention_job job;
     cope_attention_shape *a = &job.shape;
     *a = (cope_attention_shape){.causal = args[8] == Py_True};
-    if (!take(args[0], 5, &q, &job.q) || !take(args[1], 4, &k, &job.k) ||
-        !take(args[2], 4, &v, &job.v) || !take(args[3], 4, &gate_key, &job.gate_key) ||
-        !take(args[4], 4, &embedding, &job.embedding) ||
-        !take(args[5], 5, &mask, &job.mask) || !take_number(args[6], &a->scale) ||
+    if (!take_heads(args[0], 5, &q, &job.q) || !take_heads(args[1], 4, &k, &job.k) ||
+        !take_heads(args[2], 4, &v, &job.v) ||
+        !take_heads(args[3], 4, &gate_key, &job.gate_key) ||
+        !take_heads(args[4], 4, &embedding, &job.embedding) ||
+        !take_heads(args[5], 5, &mask, &job.mask) || !take_number(args[6], &a->scale) ||
         !take_number(args[7], &a->position_scale) ||
-        !take(args[9], 5, &out, &job.out) ||
-        !take(args[10], 5, &statistics, &job.statistics)) {
+        !take_heads(args[9], 5, &out, &job.out) ||
+        !take_heads(args[10], 5, &statistics, &job.statistics)) {
         return NULL;
     }
     /* The embedding has no batch. */
@@ -176,15 +87,15 @@ cope_attention(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_
     if (job.mask.data != NULL) {
         a->mask_row = row_step(&mask), a->mask_key = last_of(&mask, mask.step);
     }
-    npy_intp n_unit = 1;
     for (int i = 0; i < N_HEAD_AXIS; i++) {
         job.n_head[i] = (size_t)q.shape[i];
-        n_unit *= q.shape[i];
     }
-    size_t block = kernels->cope_attention[a->type == REAL_F64].block;
-    job.n_block = (a->n_query + block - 1) / block;
-    if (run_attention(&job, n_unit * (npy_intp)job.n_block) < 0) {
-        return NULL;
+    bool is_done;
+    Py_BEGIN_ALLOW_THREADS;
+    is_done = attention_run(&job);
+    Py_END_ALLOW_THREADS;
+    if (!is_done) {
+        return PyErr_NoMemory();
     }
     Py_RETURN_NONE;
 }

@@ -11,6 +11,9 @@
 #include <xmmintrin.h>
 #endif
 
+#include <math.h>
+
+#include "attention.h"
 #include "dispatch.h"
 #include "tasks.h"
 #include "view.h"
@@ -38,6 +41,8 @@ static rope_variant interleaved[N_VARIANT] = ROPE_VARIANTS(LAYOUT_INTERLEAVED);
 typedef struct {
     int inv_freq_type, out_type;
 } table_variant;
+
+static int attention_types[N_REAL] = {REAL_F32, REAL_F64, REAL_F16, REAL_BF16};
 
 static table_variant table_f32 = {REAL_F32, REAL_F32};
 static table_variant table_f64 = {REAL_F64, REAL_F64};
@@ -143,6 +148,50 @@ cos_sin_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, voi
     char *base[NEST_N_OPERAND] = {args[0], args[1], args[2], args[3]};
     ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[2], steps[3]};
     run_rows(table_task_strip, NULL, &task, (size_t)m, n_row, base, step);
+}
+
+/* (t,d),(s,d),(s,d),(d,p)->(t,d): q, k, v, position_embedding -> out */
+static void
+cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                    void *data)
+{
+    npy_intp n_head = dimensions[0], d = dimensions[2];
+    attention_job job = {
+        .shape =
+            {
+                .n_query = (size_t)dimensions[1],
+                .n_key = (size_t)dimensions[3],
+                .n_channel = (size_t)d,
+                .n_position = (size_t)dimensions[4],
+                .type = *(const int *)data,
+                .causal = true,
+                .scale = d > 0 ? 1 / sqrt((double)d) : 1,
+                .position_scale = 1,
+                .q_row = steps[5],
+                .q_channel = steps[6],
+                .k_row = steps[7],
+                .k_channel = steps[8],
+                .v_row = steps[9],
+                .v_channel = steps[10],
+                .embedding_channel = steps[11],
+                .embedding_position = steps[12],
+                .out_row = steps[13],
+                .out_channel = steps[14],
+            },
+        .n_head = {(size_t)n_head, 1, 1},
+        .q = {args[0], {steps[0]}},
+        .k = {args[1], {steps[1]}},
+        .v = {args[2], {steps[2]}},
+        .embedding = {args[3], {steps[3]}},
+        .out = {args[4], {steps[4]}},
+    };
+    if (!attention_run(&job)) {
+        NPY_ALLOW_C_API_DEF;
+        NPY_ALLOW_C_API;
+        PyErr_NoMemory();
+        NPY_DISABLE_C_API;
+    }
+    clear_floating_point_flags();
 }
 
 /* What the loops of CoPE are told: the type of the data, and that of the operand beside
@@ -301,7 +350,19 @@ check_complex(PyUFuncObject *ufunc, npy_intp *core)
     return check_width(ufunc->name, "cis", core);
 }
 
-enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 4 };
+static int
+check_attention(PyUFuncObject *ufunc, npy_intp *core)
+{
+    if (core[3] > 0) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError,
+                 "%s: position_embedding must hold at least 1 position; got 0",
+                 ufunc->name);
+    return -1;
+}
+
+enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 5 };
 
 typedef struct {
     const char *name, *signature, *doc;
@@ -532,6 +593,37 @@ static gufunc_entry gufuncs[] = {
         .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},
         .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},
                            {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+    },
+    {
+        .name = "cope_attention",
+        .signature = "(t,d),(s,d),(s,d),(d,p)->(t,d)",
+        .doc =
+            "Causal attention with contextual positions, scaled by 1 / sqrt(d).\n\n"
+            "q (t, d), k (s, d), v (s, d), position_embedding (d, p) -> (t, d); the\n"
+            "last query sees the last key. All of one type, float32, float64, float16\n"
+            "or bfloat16; those of 16 bits are computed in float32, rounded once.\n\n"
+            "See posenc.cope_attention. Golovneva et al., 2024, eq. 3 to 6,\n"
+            "https://arxiv.org/abs/2405.18719\n\n"
+            "Examples\n--------\n"
+            ">>> import numpy as np\n"
+            ">>> from posenc import ufunc\n"
+            ">>> q, k, v = np.ones((3, 2, 4)), np.ones((3, 2, 4)), np.ones((3, 2, 4))\n"
+            ">>> ufunc.cope_attention(q, k, v, np.zeros((4, 8))).shape\n"
+            "(3, 2, 4)\n",
+        .nin = 4,
+        .nout = 1,
+        .n_loop = 3,
+        .check = check_attention,
+        .loop = {cope_attention_loop, cope_attention_loop, cope_attention_loop},
+        .data = {&attention_types[REAL_F32], &attention_types[REAL_F64],
+                 &attention_types[REAL_F16]},
+        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,      //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
+                  NPY_HALF, NPY_HALF, NPY_HALF, NPY_HALF, NPY_HALF},
+        .n_bfloat16 = 1,
+        .bfloat16_data = {&attention_types[REAL_BF16]},
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16,
+                            NPY_BFLOAT16}},
     },
 };
 

@@ -66,6 +66,20 @@
 #define INTERLEAVE_8(a, b) \
     __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
 
+/* The lanes of the lower halves of two vectors by turns, and of their upper halves. */
+#define MERGE_LOW_2(a, b) __builtin_shufflevector(a, b, 0, 2)
+#define MERGE_LOW_4(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define MERGE_LOW_8(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define MERGE_LOW_16(a, b)                                                            \
+    __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, \
+                            23)
+#define MERGE_HIGH_2(a, b) __builtin_shufflevector(a, b, 1, 3)
+#define MERGE_HIGH_4(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define MERGE_HIGH_8(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define MERGE_HIGH_16(a, b)                                                         \
+    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, \
+                            30, 15, 31)
+
 /* Lanes from the first, second or fourth after it on, then those of b. */
 #define FROM_1_2(a, b) __builtin_shufflevector(a, b, 1, 2)
 #define FROM_1_4(a, b) __builtin_shufflevector(a, b, 1, 2, 3, 4)

@@ -94,7 +94,8 @@ module_exec(PyObject *module)
     }
     if (PyModule_AddFunctions(module, array_methods) < 0 ||
         PyModule_AddFunctions(module, cope_methods) < 0 ||
-        PyModule_AddFunctions(module, cope_attention_methods) < 0) {
+        PyModule_AddFunctions(module, cope_attention_methods) < 0 ||
+        PyModule_AddFunctions(module, cope_attention_backward_methods) < 0) {
         return -1;
     }
     return add_gufuncs(module);

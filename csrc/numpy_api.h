@@ -25,6 +25,7 @@ int add_gufuncs(PyObject *module);
 /* The fast functions on arrays (arrays.c), ended by a NULL name. */
 extern PyMethodDef array_methods[];
 extern PyMethodDef cope_attention_methods[];
+extern PyMethodDef cope_attention_backward_methods[];
 
 /* The same of CoPE (cope_arrays.c). */
 extern PyMethodDef cope_methods[];

@@ -198,6 +198,37 @@ typedef void cope_attention_kernel(const cope_attention_shape *shape,
                                    const cope_attention_operands *operands,
                                    size_t first, void *scratch);
 
+/* Where the derivatives go, and where the heads that share keys start.  Those of
+ * queries and embedding are per head, all of them contiguous and of reals. */
+typedef struct {
+    size_t n_head;         /* query heads on the same keys                           */
+    size_t share, n_share; /* of all blocks of queries of these heads every n_share-th,
+                              from number `share` on                                 */
+    ptrdiff_t q_head, embedding_head, mask_head, out_head;
+    ptrdiff_t grad_head, grad_row, grad_channel;
+    const char *grad_out;
+    void *dq, *dk, *dv, *dgate, *dembedding;
+} cope_attention_gradients;
+
+/* The derivatives of a sum of products with grad_out, for a share of the queries.
+ *
+ *   operands    as attended, of the first head; out and statistics are results
+ *   grad_out    (n_head, n_query, n_channel)  of the type of out
+ *   dq          (n_head, n_query, n_channel)  the share's rows that see a key are
+ * written dk, dv      (n_key, n_channel)            are added to dgate       (n_key,
+ * n_channel)            is added to; NULL if gate_key is dembedding  (n_head,
+ * n_channel, n_position)  is added to scratch     backward_scratch_size bytes, aligned
+ * to 64: linear in the sizes
+ *
+ * The derivative of a logit in its position is z[n + 1] - z[n] between whole n, and 0
+ * at whole positions and at the last.  Sums go by blocks in the order of rows, so that
+ * the result is a function of operands and share alone.
+ */
+typedef void cope_attention_backward_kernel(const cope_attention_shape *shape,
+                                            const cope_attention_operands *operands,
+                                            const cope_attention_gradients *gradients,
+                                            void *scratch);
+
 /* The kernels of one instruction set. */
 typedef struct {
     const char *simd;
@@ -212,6 +243,8 @@ typedef struct {
         size_t block; /* queries */
         size_t (*scratch_size)(const cope_attention_shape *shape);
         cope_attention_kernel *run;
+        size_t (*backward_scratch_size)(const cope_attention_shape *shape);
+        cope_attention_backward_kernel *backward;
     } cope_attention[2]; /* for type float and those of 16 bits, and for double */
     void (*finish_stores)(void); /* make streamed results visible to other threads */
 } kernel_table;

@@ -9,6 +9,7 @@ Hugging Face models in `posenc.hf`.
 # SPDX-License-Identifier: BSD-3-Clause
 from . import ufunc
 from ._cope import cope_bias, cope_gates, cope_interpolate, cope_positions
+from ._cope_attention import cope_attention
 from ._rope import (
     permute_layout,
     rope,
@@ -25,6 +26,7 @@ from ._version import __version__
 __all__ = [
     "__version__",
     "build_info",
+    "cope_attention",
     "cope_bias",
     "cope_gates",
     "cope_interpolate",

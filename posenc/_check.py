@@ -14,6 +14,7 @@ _GRADIENTS = {
     "rope_qk": " (posenc.torch.rope_qk gives gradients)",
     "rope_complex": " (posenc.torch.rope gives gradients)",
     "cope_bias": " (posenc.torch.cope_bias gives gradients)",
+    "cope_attention": " (posenc.torch.cope_attention gives gradients)",
 }
 
 

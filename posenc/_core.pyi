@@ -67,6 +67,41 @@ def cos_sin_arrays(
     sin: Any,
     /,
 ) -> NotImplementedType | None: ...
+def cope_attention_arrays(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    gate_key: np.ndarray | None,
+    embedding: np.ndarray,
+    mask: np.ndarray | None,
+    scale: float,
+    position_scale: float,
+    causal: bool,
+    out: np.ndarray,
+    statistics: np.ndarray | None,
+    /,
+) -> None: ...
+def cope_attention_backward_arrays(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    gate_key: np.ndarray | None,
+    embedding: np.ndarray,
+    mask: np.ndarray | None,
+    scale: float,
+    position_scale: float,
+    causal: bool,
+    out: np.ndarray,
+    statistics: np.ndarray,
+    grad_out: np.ndarray,
+    dq: np.ndarray,
+    dk: np.ndarray,
+    dv: np.ndarray,
+    dgate_key: np.ndarray | None,
+    dembedding: np.ndarray,
+    /,
+) -> None: ...
+def cope_attention_chunks(n_unit: int, n_row: int, /) -> int: ...
 def cope_bias_arrays(
     logits: np.ndarray,
     z: np.ndarray,

@@ -1,7 +1,8 @@
-"""Rotary position embedding for PyTorch on the CPU, with gradients and compilers.
+"""Positional encodings for PyTorch on the CPU, with gradients and compilers.
 
-`posenc.rope` and `posenc.rope_qk` take tensors too; the functions here, with the same
+`posenc.rope` and its like take tensors too; the functions here, with the same
 arguments, also give derivatives, and each call is one operator in a compiled graph.
+Contextual positions (CoPE) are in _torch_cope.py.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
@@ -17,9 +18,20 @@ from ._rope import rope_qk as plain_rope_qk
 from ._rope import rope_table
 from ._rope_check import ANGLES, LAYOUTS, pair
 from ._scaling import rope_inv_freq
+from ._torch_check import as_tensor, check_tensor, refuse_out
+from ._torch_cope import CoPE, CoPEAttention, KVCache, cope_attention, cope_bias
 from ._torch_ops import Rows, Turn, undisturbed
 
-__all__ = ["RotaryEmbedding", "rope", "rope_qk"]
+__all__ = [
+    "CoPE",
+    "CoPEAttention",
+    "KVCache",
+    "RotaryEmbedding",
+    "cope_attention",
+    "cope_bias",
+    "rope",
+    "rope_qk",
+]
 
 
 def rope(
@@ -220,9 +232,9 @@ def _rotate(function, xs, cos, sin, rows, turn, inverse, out):
     if inverse and turn.adjoint:
         rule = "not be set together with adjoint"
         raise ValueError(must(function, "inverse", rule, True))
-    cos, sin = _as_tensor(function, "cos", cos), _as_tensor(function, "sin", sin)
+    cos, sin = as_tensor(function, "cos", cos), as_tensor(function, "sin", sin)
     for name, x in {**xs, "cos": cos, "sin": sin, **(out or {})}.items():
-        _check_tensor(function, name, x)
+        check_tensor(function, name, x)
     rows = _row_tensors(function, rows)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         _check_rows(xs.values(), cos, rows, turn)
@@ -232,9 +244,7 @@ def _rotate(function, xs, cos, sin, rows, turn, inverse, out):
     if out is None:
         return _torch_ops.rotate(xs, cos, sin, rows, turn)
     out = tuple(out.values())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*xs, cos, sin, *out)):
-        rule, got = "be None where gradients are needed", "a tensor"
-        raise TypeError(must(function, "out", rule, got))
+    refuse_out(function, out, (*xs, cos, sin))
     _torch_ops.write(xs, cos, sin, rows, turn, out)
     return out
 
@@ -244,7 +254,7 @@ def _row_tensors(function, rows):
     tensors = []
     for name, value in rows._asdict().items():
         if value is not None:
-            value = _as_tensor(function, name, value)
+            value = as_tensor(function, name, value)
             is_whole = not (value.is_floating_point() or value.is_complex())
             if not is_whole or value.dtype == torch.bool:
                 got = f"dtype {str(value.dtype).removeprefix('torch.')}"
@@ -261,31 +271,6 @@ def _check_rows(xs, cos, rows, turn):
     pairs = [x.detach()[..., :2] for x in xs]  # one pair will do
     cos = cos.detach()[..., :1]
     rotate(*pairs, cos, cos, axis=turn.axis, **rows._asdict())
-
-
-def _as_tensor(function, name, value):
-    """Return numbers as a tensor; arrays keep their memory."""
-    if isinstance(value, torch.Tensor):
-        return value
-    try:
-        return torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        rule = "be a torch.Tensor or an array that torch can read"
-        raise TypeError(must(function, name, rule, type(value).__name__)) from None
-
-
-def _check_tensor(function, name, tensor):
-    """Refuse what no operator of ours could take; traced tensors may pass."""
-    if not isinstance(tensor, torch.Tensor):
-        rule, got = "be a torch.Tensor", type(tensor).__name__
-        raise TypeError(must(function, name, rule, got))
-    if not (tensor.is_cpu or tensor.is_meta):
-        rule, got = "be on the CPU", f"a tensor on {tensor.device}"
-        raise TypeError(must(function, name, rule, got))
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
-        rule, got = "be a dense tensor", f"one {kind}"
-        raise TypeError(must(function, name, rule, got))
 
 
 def _inverted(cos, sin):
@@ -488,7 +473,7 @@ class RotaryEmbedding(torch.nn.Module):
         elif offset is not None or cu_seqlens is not None:
             rule = "be None if offset or cu_seqlens is given"
             raise ValueError(must("RotaryEmbedding", "positions", rule, "both"))
-        positions = _as_tensor("RotaryEmbedding", "positions", positions)
+        positions = as_tensor("RotaryEmbedding", "positions", positions)
         if positions.ndim not in (1, 2) or positions.shape[-1] != n_token:
             rule = f"be of shape (T,) or (B, T) for {n_token} tokens"
             got = f"shape {tuple(positions.shape)}"
@@ -500,7 +485,7 @@ class RotaryEmbedding(torch.nn.Module):
     def _n_token(self, q):
         """Return how many tokens q has, which must be wide enough."""
         if not isinstance(q, torch.Tensor):
-            _check_tensor("RotaryEmbedding", "q", q)
+            check_tensor("RotaryEmbedding", "q", q)
         if not -q.ndim <= self.axis < q.ndim or self.axis in (-1, q.ndim - 1):
             rule = f"name an axis of q, of shape {tuple(q.shape)}, but its last"
             raise ValueError(must("RotaryEmbedding", "axis", rule, self.axis))

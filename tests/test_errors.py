@@ -45,6 +45,7 @@ def arrays():
         "k_out": floats(2, 1, 5, 12, seed=7),
         "wide": np.full((5, 3), 7.0),
         "w": floats(24, 5, seed=8),
+        "embedding": floats(12, 4, seed=9),
     }
 
 
