@@ -118,8 +118,8 @@ typedef struct {
  *
  * Gates of float and 16-bit logits enter the sum with more bits than a float has, as
  * multiples of 2^-45 (if n_position <= 96; of twice that for each doubling), in double:
- * their sums are exact, so that their order does not matter.  Gates of double are summed
- * from the right.
+ * their sums are exact, so that their order does not matter.  Gates of double are
+ * summed from the right.
  *
  * Golovneva et al., "Contextual Position Encoding", 2024, eqs. 3-5 and appendix B.
  */
