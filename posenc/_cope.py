@@ -220,9 +220,9 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
         p_j    = min(sum of gate_t for t >= j, P - 1)
         bias_j = (1 - w) * z[floor(p_j)] + w * z[ceil(p_j)],  w = p_j - floor(p_j)
 
-    Float32 and 16-bit gates are float32 numbers whose sums are exact, so the result is
-    the same bits on every processor and for any number of threads. NaN in a logit makes
-    its key and all to the left of it NaN, in its own row.
+    The gates of float32 and 16-bit logits are summed exactly, with more bits than
+    float32 has, so the result is the same bits on every processor and for any number of
+    threads. NaN in a logit makes its key and all to the left of it NaN, in its own row.
 
     References
     ----------
