@@ -50,7 +50,7 @@ TOLERANCE_16_BIT = {torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
 # With two positions nearly all keys share one, so that positions cost the listing next
 # to nothing, and both errors are those of plain attention. There the listing takes
 # p . dP from the numbers it is then subtracted from, we from the rounded result.
-FEW_POSITIONS = 1.25
+FEW_POSITIONS = 1.5
 # A token's queries in a batch of other size: products in other order.
 MODULE_TOLERANCE = 1e-5
 N_THREAD = (1, 2, 3, 4)
