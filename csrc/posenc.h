@@ -214,13 +214,18 @@ typedef struct {
 
 /* The derivatives of a sum of products with grad_out, for a share of the queries.
  *
- *   operands    as attended, of the first head; out and statistics are results
- *   grad_out    (n_head, n_query, n_channel)  of the type of out
- *   dq          (n_head, n_query, n_channel)  the share's rows that see a key are
- * written dk, dv      (n_key, n_channel)            are added to dgate       (n_key,
- * n_channel)            is added to; NULL if gate_key is dembedding  (n_head,
- * n_channel, n_position)  is added to scratch     backward_scratch_size bytes, aligned
- * to 64: linear in the sizes
+ *   operands     as attended, of the first head; out and statistics are results
+ *   grad_out     (n_head, n_query, n_channel)     of the type of out
+ *
+ *   dq           (n_head, n_query, n_channel)     written where the share's rows see
+ *
+ *   dk, dv       (n_key, n_channel)               added to
+ *
+ *   dgate        (n_key, n_channel)               added to; NULL if gate_key is
+ *
+ *   dembedding   (n_head, n_channel, n_position)  added to
+ *
+ *   scratch      backward_scratch_size bytes, aligned to 64: linear in the sizes
  *
  * The derivative of a logit in its position is z[n + 1] - z[n] between whole n, and 0
  * at whole positions and at the last.  Sums go by blocks in the order of rows, so that

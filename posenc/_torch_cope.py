@@ -348,10 +348,10 @@ class KVCache:
         """Raise unless new tensors continue those in memory."""
         for tensor in new:
             check_tensor("KVCache", "new", tensor)
-        kinds = [(t.dtype, (*t.shape[:-2], "T", t.shape[-1])) for t in new]
-        old = [(t.dtype, (*t.shape[:-2], "T", t.shape[-1])) for t in self._memory]
-        if len({t.shape[-2] for t in new}) != 1:
-            rule = "be tensors of one number of tokens"
+        kinds = [(t.dtype, (*t.shape[:-2], "T", *t.shape[-1:])) for t in new]
+        old = [(t.dtype, (*t.shape[:-2], "T", *t.shape[-1:])) for t in self._memory]
+        if min(t.ndim for t in new) < 2 or len({t.shape[-2] for t in new}) != 1:
+            rule = "be tensors (..., tokens, channels) of one number of tokens"
             got = [tuple(t.shape) for t in new]
             raise ValueError(must("KVCache", "new", rule, got))
         if self._memory and kinds != old:

@@ -460,8 +460,12 @@ def test_bad_keys_and_values_reach_only_who_sees_them(where, bad, dtype):
         sees = np.zeros((2, 6, 40), bool)
         sees[1, 3:] = seen[1, 3:, :, 23]
         assert (ours[~sees] == theirs[~sees]).all()
-        if np.isnan(bad):
-            assert np.isnan(ours[sees].astype(np.float32)).any(-1).all()
+        is_bad = np.isnan(ours[sees].astype(np.float32)).any(-1)
+        if np.isnan(bad) and where == "gate_key":  # not read past the last position
+            assert is_bad.any()
+            assert (ours[sees][~is_bad] == theirs[sees][~is_bad]).all()
+        elif np.isnan(bad):
+            assert is_bad.all()
 
 
 @pytest.mark.parametrize("where", [1, 2, 4])
@@ -523,3 +527,33 @@ def test_rows_depend_on_nothing_but_what_they_see():
     assert error(last, ours[:, :, 30:].astype(np.float64)) < FLOAT32_TOLERANCE
     first = cope_attention(q[:, :, :30], k[:, :, :30], v[:, :, :30], embedding)
     assert error(first, ours[:, :, :30].astype(np.float64)) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("n_query", [1, 40], ids=["one", "a block"])
+def test_bad_queries_that_see_nothing_give_zeros(n_query):
+    q, k, v, embedding, _ = operands(SIZES["grouped"], dtype=np.float32)
+    q = q[..., :n_query, :].copy()
+    q[..., 0, :] = np.nan
+    mask = np.ones((n_query, k.shape[-2]), bool)
+    mask[0] = False
+    out = cope_attention(q, k, v, embedding, causal=False, mask=mask)
+    assert (out[..., 0, :] == 0).all()
+    assert np.isfinite(out).all()
+
+
+def test_tiny_logits_are_not_nothing():
+    k = np.linspace(0.5, 1.0, 9, dtype=np.float32)[:, None] * 1e16
+    q = np.full((9, 1), -1e16, np.float32)
+    out = cope_attention(q, k, k, np.zeros((1, 2), np.float32), scale=1.0)
+    assert (out == k[0]).all()
+
+
+@pytest.mark.parametrize("name", ["k", "position_embedding"])
+def test_sizes_beyond_memory_are_refused(name):
+    long = np.broadcast_to(np.float32(0.1), (2**59, 1))
+    k = long if name == "k" else np.ones((3, 1), np.float32)
+    embedding = long.T if name != "k" else np.ones((1, 3), np.float32)
+    if name != "k":
+        k = long  # positions past the number of keys are not computed
+    with pytest.raises(MemoryError):
+        cope_attention(np.ones((1, 1), np.float32), k, k, embedding)

@@ -1057,9 +1057,11 @@ def test_what_does_not_continue_a_cache():
     with pytest.raises(ValueError) as caught:
         cache.append(k, k[:, :, :2])
     assert str(caught.value) == (
-        "KVCache: new must be tensors of one number of tokens; "
-        "got [(1, 2, 3, 4), (1, 2, 2, 4)]"
+        "KVCache: new must be tensors (..., tokens, channels) of one number of "
+        "tokens; got [(1, 2, 3, 4), (1, 2, 2, 4)]"
     )
+    with pytest.raises(ValueError, match=r"^KVCache: new must be tensors \("):
+        cache.append(torch.ones(3))
     cache.append(k)
     for other in ((k, k), (k.double(),), (k[:, :1],)):
         with pytest.raises(ValueError, match=r"^KVCache: new must continue \[\(torch"):
