@@ -12,6 +12,8 @@
 #endif
 
 #include <math.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "attention.h"
 #include "dispatch.h"
@@ -58,6 +60,62 @@ clear_floating_point_flags(void)
 #else
     feclearexcept(FE_ALL_EXCEPT);
 #endif
+}
+
+enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 5, MAX_STEP = 15 };
+
+static void
+tell_no_memory(void)
+{
+    NPY_ALLOW_C_API_DEF;
+    NPY_ALLOW_C_API;
+    PyErr_NoMemory();
+    NPY_DISABLE_C_API;
+}
+
+/* NumPy hands over an operand that is the result as well, and takes loops for
+ * elementwise.  Run one that is not, on the operands `read`, a bit set: if the result
+ * is one of them it is made elsewhere first.  It is operand `out`, of (rows, columns)
+ * items, whose steps are the last two; without rows the last one. */
+static void
+run_apart(PyUFuncGenericFunction loop, char **args, const npy_intp *dimensions,
+          const npy_intp *steps, void *data, unsigned read, int out, int n_step,
+          npy_intp rows, npy_intp columns, npy_intp item)
+{
+    bool is_shared = false;
+    for (int i = 0; i < out; i++) {
+        is_shared |= (read >> i & 1) && args[i] == args[out];
+    }
+    if (!is_shared) {
+        loop(args, dimensions, steps, data);
+        return;
+    }
+    npy_intp n = dimensions[0], size = rows * columns * item;
+    char *memory = malloc((size_t)(n * size) + 1), *own_args[MAX_ARGUMENT];
+    if (memory == NULL) {
+        tell_no_memory();
+        return;
+    }
+    npy_intp own_steps[MAX_STEP];
+    memcpy(own_args, args, (size_t)(out + 1) * sizeof(*args));
+    memcpy(own_steps, steps, (size_t)n_step * sizeof(*steps));
+    own_args[out] = memory;
+    own_steps[out] = size;
+    own_steps[n_step - 1] = item;
+    npy_intp row_step = 0;
+    if (rows > 1) {
+        row_step = steps[n_step - 2];
+        own_steps[n_step - 2] = columns * item;
+    }
+    loop(own_args, dimensions, own_steps, data);
+    const char *from = memory;
+    for (npy_intp i = 0; i < n * rows * columns; i++, from += item) {
+        npy_intp row = i / columns;
+        char *to = args[out] + row / rows * steps[out] + row % rows * row_step +
+                   i % columns * steps[n_step - 1];
+        memcpy(to, from, (size_t)item);
+    }
+    free(memory);
 }
 
 /* One axis of n rows whose operands have the given steps, run as a nest. */
@@ -152,8 +210,8 @@ cos_sin_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, voi
 
 /* (t,d),(s,d),(s,d),(d,p)->(t,d): q, k, v, position_embedding -> out */
 static void
-cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-                    void *data)
+attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+               void *data)
 {
     npy_intp n_head = dimensions[0], d = dimensions[2];
     attention_job job = {
@@ -186,10 +244,7 @@ cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
         .out = {args[4], {steps[4]}},
     };
     if (!attention_run(&job)) {
-        NPY_ALLOW_C_API_DEF;
-        NPY_ALLOW_C_API;
-        PyErr_NoMemory();
-        NPY_DISABLE_C_API;
+        tell_no_memory();
     }
     clear_floating_point_flags();
 }
@@ -231,6 +286,14 @@ cope_gates_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
     clear_floating_point_flags();
 }
 
+static void
+cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                    void *data)
+{
+    run_apart(attention_loop, args, dimensions, steps, data, 0xe, 4, 15, dimensions[1],
+              dimensions[2], item_size(*(const int *)data));
+}
+
 /* (s),()->(s): gates, n_position -> positions */
 static void
 cope_positions_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
@@ -251,8 +314,8 @@ cope_positions_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
 
 /* (p),(s)->(s): z, positions -> bias */
 static void
-cope_interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-                      void *data)
+interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                 void *data)
 {
     const cope_variant *variant = data;
     npy_intp n_row = dimensions[0], p = dimensions[1], s = dimensions[2];
@@ -273,10 +336,17 @@ cope_interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *s
     run_rows(cope_interpolate_task_strip, NULL, &task, (size_t)s, n_row, base, step);
 }
 
+static void
+cope_interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                      void *data)
+{
+    run_apart(interpolate_loop, args, dimensions, steps, data, 1, 2, 6, 1,
+              dimensions[2], item_size(((const cope_variant *)data)->type));
+}
+
 /* (s),(p)->(s): logits, z -> bias */
 static void
-cope_bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-               void *data)
+bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *data)
 {
     const cope_variant *variant = data;
     npy_intp n_row = dimensions[0], s = dimensions[1], p = dimensions[2];
@@ -298,6 +368,14 @@ cope_bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
         [COPE_LOGITS] = steps[0], [COPE_Z] = steps[1], [COPE_OUT] = steps[2]};
     run_rows(cope_bias_task_strip, cope_task_finish, &task, (size_t)s, n_row, base,
              step);
+}
+
+static void
+cope_bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+               void *data)
+{
+    run_apart(bias_loop, args, dimensions, steps, data, 2, 2, 6, 1, dimensions[1],
+              item_size(((const cope_variant *)data)->type));
 }
 
 /* There must be a position to be at. */
@@ -361,8 +439,6 @@ check_attention(PyUFuncObject *ufunc, npy_intp *core)
                  ufunc->name);
     return -1;
 }
-
-enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 5 };
 
 typedef struct {
     const char *name, *signature, *doc;

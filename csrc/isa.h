@@ -6,6 +6,7 @@
 #ifndef POSENC_ISA_H
 #define POSENC_ISA_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -189,8 +189,9 @@ typedef struct {
  * embedding[n], linear between whole n; out_i is the sum of softmax(logit_i)_j v_j over
  * what i sees, 0 if that is nothing.  16 bits are computed in float and rounded once.
  *
- * A row's result depends on its own query and on the keys it sees only; products may be
- * fused, so instruction sets differ in the last bits.  The running sum is kept as a
+ * A row's result is a function of its own query and the keys it sees, but for the last
+ * bits, which the queries of its block have a say in; products may be fused, so that
+ * instruction sets differ there too.  The running sum is kept as a
  * whole number and a fraction: its error does not grow with it.
  *
  * Golovneva et al., "Contextual Position Encoding", 2024, eq. 3 to 6.

@@ -138,34 +138,78 @@ def within_table_ulp(results, operands):
 CLOSE = {np.float32: 4, np.float64: 8, np.float16: 0.51, bfloat16: 0.51}
 
 
+def computed_in(kind):
+    """The type in which results of a type are computed."""
+    return np.float64 if kind == np.float64 else np.float32
+
+
+def assert_close(got, want, size):
+    """Compare results with those of a reference; NaN is the one NaN."""
+    kind = got.dtype.type
+    assert got.shape == want.shape
+    with np.errstate(all="ignore"):
+        rounded = want.astype(kind)
+    is_nan = np.isnan(rounded.astype(float))
+    reference.same_bits(got[is_nan], np.full(is_nan.sum(), np.nan, kind))
+    is_far = np.isinf(rounded.astype(float))
+    reference.same_bits(got[is_far], rounded[is_far])
+    is_near = ~is_nan & ~is_far
+    info = ml_dtypes.finfo(kind)
+    size = np.maximum(size, float(info.tiny))[is_near]
+    error = np.abs(got[is_near].astype(np.longdouble) - want[is_near])
+    assert (error <= CLOSE[kind] * float(info.eps) * size).all()
+
+
 def closely(function):
-    """Judge by a reference that tells how large its terms are; NaN is the one NaN."""
+    """Judge by a reference that tells how large its terms are."""
 
     def check(results, operands):
         got = np.asarray(results[0])
-        kind = got.dtype.type
-        dtype = np.float64 if kind == np.float64 else np.float32
         with np.errstate(all="ignore"):
             native = [op.astype(op.dtype.newbyteorder("=")) for op in operands]
-            want, size = function(*(op.astype(float) for op in native), dtype=dtype)
-            rounded = want.astype(kind)
-        assert got.shape == want.shape
-        is_nan = np.isnan(rounded.astype(float))
-        reference.same_bits(got[is_nan], np.full(is_nan.sum(), np.nan, kind))
-        is_far = np.isinf(rounded.astype(float))
-        reference.same_bits(got[is_far], rounded[is_far])
-        is_near = ~is_nan & ~is_far
-        info = ml_dtypes.finfo(kind)
-        size = np.maximum(size, float(info.tiny))[is_near]
-        error = np.abs(got[is_near].astype(np.longdouble) - want[is_near])
-        assert (error <= CLOSE[kind] * float(info.eps) * size).all()
+            native = [op.astype(float) for op in native]
+            want, size = function(*native, dtype=computed_in(got.dtype))
+        assert_close(got, want, size)
 
     return check
 
 
+# Products of two numbers below it leave no type's range.
+MODERATE = 100.0
+
+
+def attention(results, operands):
+    """Judge closely the queries that read moderate numbers only.
+
+    A query reads its own row, the keys and values up to its own, and the embedding.
+    """
+    got = np.asarray(results[0])
+    with np.errstate(invalid="ignore"):
+        native = [op.astype(op.dtype.newbyteorder("=")) for op in operands]
+        native = [op.astype(float) for op in native]
+    is_calm = [np.abs(op) < MODERATE for op in native]  # a NaN is not
+    q, keys, values, embedding = (
+        calm.all((-2, -1) if name == "embedding" else -1)
+        for name, calm in zip(("q", "k", "v", "embedding"), is_calm, strict=True)
+    )
+    n_query, n_key = q.shape[-1], keys.shape[-1]
+    shape = np.broadcast_shapes(keys.shape, values.shape)
+    seen = np.ones((*shape[:-1], n_key + 1), bool)  # by how many keys are seen
+    seen[..., 1:] = np.logical_and.accumulate(keys & values, -1)
+    n_seen = np.maximum(np.arange(n_query) + 1 + n_key - n_query, 0)
+    is_judged = q & seen[..., n_seen] & embedding[..., None]
+    native = [np.where(ok, op, 0) for ok, op in zip(is_calm, native, strict=True)]
+    want, size = reference.cope_attention(*native, dtype=computed_in(got.dtype))
+    is_judged = np.broadcast_to(is_judged[..., None], want.shape)
+    assert got.shape == want.shape
+    assert_close(got[is_judged], want[is_judged], size[is_judged])
+
+
 def size_of(name, sizes):
     """Size of a core dimension, given n and m; there is always a position."""
-    return {"s": sizes["n"], "p": max(sizes.get("m", 1), 1), **sizes}[name]
+    least = max(sizes.get("m", 1), 1)
+    named = {"s": sizes["n"], "t": sizes["n"], "d": sizes.get("m", 1), "p": least}
+    return {**named, **sizes}[name]
 
 
 @dataclass(frozen=True)
@@ -214,7 +258,7 @@ class Spec:
             (*loop, *(size_of(name, sizes) for name in core))
             for loop, core in zip(loops, self.cores, strict=False)
         ]
-        made = zip(self.makers, shapes, (types.data, *[types.table] * 2), strict=False)
+        made = zip(self.makers, shapes, (types.data, *[types.table] * 3), strict=False)
         return [make(rng, shape, dtype) for make, shape, dtype in made]
 
     def call(self, *operands, **options):
@@ -278,6 +322,7 @@ SPECS = {
             0,
             PLANAR,
         ),
+        Spec("cope_attention", (normal,) * 4, attention, 0, SINGLE),
         Spec("cos_sin", (position, frequency), within_table_ulp, 1, PLAIN),
     )
 }

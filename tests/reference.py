@@ -294,6 +294,31 @@ def cope_bias(logits, z, dtype=np.float64):
     return np.where(np.broadcast_to(logits, bias.shape) == -np.inf, 0, bias), size
 
 
+def cope_attention(q, k, v, embedding, dtype=np.float64):
+    """Golovneva et al., eqs. 3 to 6, causal, scaled by 1 / sqrt(d), query by query.
+
+    The size is that of the values, times the terms that move the weights.
+    """
+    q, k, v, embedding = (np.asarray(x, np.longdouble) for x in (q, k, v, embedding))
+    n_query, n_key = q.shape[-2], k.shape[-2]
+    loops = np.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v, embedding)))
+    out = np.zeros((*loops, n_query, q.shape[-1]), np.longdouble)
+    size = np.zeros_like(out)
+    for i in range(max(n_query - n_key, 0), n_query):
+        seen = i + n_key - n_query + 1
+        query = q[..., i, None, :] / np.sqrt(np.longdouble(max(q.shape[-1], 1)))
+        logits = (query * k[..., :seen, :]).sum(-1)
+        z = (q[..., i, :, None] * embedding).sum(-2)
+        bias, bias_size = cope_bias(logits, z, dtype)
+        logits = logits + bias
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out[..., i, :] = (weights[..., None] * v[..., :seen, :]).sum(-2)
+        terms = np.abs(query * k[..., :seen, :]).sum(-1).max(-1) + bias_size.max(-1)
+        size[..., i, :] = np.abs(v[..., :seen, :]).max(-2) * (1 + terms[..., None])
+    return out, size
+
+
 # --- frequencies ---------------------------------------------------------------------
 
 
