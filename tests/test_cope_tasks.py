@@ -137,8 +137,14 @@ def test_the_same_seed_draws_the_same():
 
 def test_experiments_leave_the_distribution_as_the_papers_do():
     flip_flop = EXPERIMENTS["flip_flop"].settings
-    assert [s["p_ignore"] for s in flip_flop.values()] == [0.8, 0.98, 0.1]
-    assert len({s["n_pair"] for s in flip_flop.values()}) == 1
+    trained = flip_flop["in"]["n_pair"]
+    assert {name: tuple(setting.values()) for name, setting in flip_flop.items()} == {
+        "in": (trained, 0.8),
+        "sparse": (trained, 0.98),
+        "dense": (trained, 0.1),
+        "long": (2 * trained, 0.8),
+        "long sparse": (2 * trained, 0.98),
+    }
     copy = EXPERIMENTS["selective_copy"].settings
     shares = [s["n_blank"] / s["n_symbol"] for s in copy.values()]
     assert shares == [1, 0.5, 2]
