@@ -447,22 +447,24 @@ typedef struct {
     ">>> import numpy as np\n"                                                     \
     ">>> from posenc import ufunc\n" example
 
-#define SINUSOIDAL_ENTRY(names, variants, order, example)                              \
+/* Half first: positions are often integers, and then the first loop wins that all
+ * operands can safely be cast to. */
+#define SINUSOIDAL_TYPES                                                               \
     {                                                                                  \
-        .name = names, .signature = "(n),(),(m)->(n)",                                 \
-        .doc = SINUSOIDAL_DOC(order, example), .nin = 3, .nout = 1, .n_loop = 3,       \
-        .check = check_sinusoidal,                                                     \
-        .loop = {add_sinusoidal_loop, add_sinusoidal_loop, add_sinusoidal_loop},       \
-        .data = {&sinusoidals[variants][REAL_F16], &sinusoidals[variants][REAL_F32],   \
-                 &sinusoidals[variants]                                                \
-                             [REAL_F64]}, /* Half first: positions are often integers, \
-                                             and then the first loop wins that all                                                                              \
-                                             operands can safely be cast to. */        \
-            .types = {NPY_HALF,   NPY_DOUBLE, NPY_DOUBLE, NPY_HALF,  /* */             \
-                      NPY_FLOAT,  NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT, /* */             \
-                      NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE},                 \
-        .n_bfloat16 = 1, .bfloat16_data = {&sinusoidals[variants][REAL_BF16]},         \
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_DOUBLE, NPY_DOUBLE, NPY_BFLOAT16}},      \
+        NPY_HALF, NPY_DOUBLE, NPY_DOUBLE, NPY_HALF, NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, \
+            NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE,                 \
+    }
+#define SINUSOIDAL_ENTRY(the_name, layout, order, example)                        \
+    {                                                                             \
+        .name = the_name, .signature = "(n),(),(m)->(n)",                         \
+        .doc = SINUSOIDAL_DOC(order, example), .nin = 3, .nout = 1, .n_loop = 3,  \
+        .check = check_sinusoidal,                                                \
+        .loop = {add_sinusoidal_loop, add_sinusoidal_loop, add_sinusoidal_loop},  \
+        .data = {&sinusoidals[layout][REAL_F16], &sinusoidals[layout][REAL_F32],  \
+                 &sinusoidals[layout][REAL_F64]},                                 \
+        .types = SINUSOIDAL_TYPES, .n_bfloat16 = 1,                               \
+        .bfloat16_data = {&sinusoidals[layout][REAL_BF16]},                       \
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_DOUBLE, NPY_DOUBLE, NPY_BFLOAT16}}, \
     }
 
 /* NumPy keeps pointers into this table: it must live as long as the process.

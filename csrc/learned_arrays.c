@@ -53,11 +53,11 @@ take_operands(PyObject *const *args, add_operands *given)
     return view_of(args[0], &given->x) && view_of(args[1], &given->table) &&
            (!given->has_positions || view_of(args[2], &given->positions)) &&
            (!given->has_mask || view_of(args[3], &given->mask)) &&
-           view_of(args[5], &given->out) && fit_together(given);
+           view_of(args[6], &given->out) && fit_together(given);
 }
 
 static void
-add_all(const add_operands *given, double scale)
+add_all(const add_operands *given, double scale, size_t n_byte)
 {
     const view *x = &given->x, *out = &given->out, *mask = &given->mask;
     const view *rows = given->has_positions ? &given->positions : &given->table;
@@ -73,8 +73,7 @@ add_all(const add_operands *given, double scale)
         .table = given->has_positions ? given->table.data : NULL,
         .table_row = given->has_positions ? given->table.step[0] : 0,
     };
-    add_task_choose_stores(&task, x->data == out->data,
-                           (size_t)(size_of(out) * item_size(out->type)));
+    add_task_choose_stores(&task, x->data == out->data, n_byte);
     char *base[NEST_N_OPERAND] = {
         [ADD_X] = x->data,
         [ADD_TABLE] = rows->data,
@@ -103,17 +102,22 @@ add_all(const add_operands *given, double scale)
     NPY_END_THREADS;
 }
 
-/* add_rows(x, table, positions, mask, scale, out) */
+/* add_rows(x, table, positions, mask, scale, n_byte, out): n_byte is the size of the
+ * whole result, of which this may be a piece. */
 static PyObject *
 add_rows(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
     const char *name = "add_rows_arrays";
-    if (n_arg != 6) {
-        return PyErr_Format(PyExc_TypeError, "%s: arguments must number 6; got %zd",
+    if (n_arg != 7) {
+        return PyErr_Format(PyExc_TypeError, "%s: arguments must number 7; got %zd",
                             name, n_arg);
     }
     double scale = PyFloat_AsDouble(args[4]);
     if (scale == -1.0 && PyErr_Occurred()) {
+        return NULL;
+    }
+    size_t n_byte = PyLong_AsSize_t(args[5]);
+    if (n_byte == (size_t)-1 && PyErr_Occurred()) {
         return NULL;
     }
     add_operands given;
@@ -123,7 +127,7 @@ add_rows(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
             "%s: arguments must be arrays that fit together; got others", name);
     }
     if (size_of(&given.out) > 0) {
-        add_all(&given, scale);
+        add_all(&given, scale, n_byte);
     }
     Py_RETURN_NONE;
 }
@@ -131,6 +135,7 @@ add_rows(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 #define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL
 
 PyMethodDef learned_methods[] = {
-    {"add_rows_arrays", FASTCALL(add_rows), "(x, table, positions, mask, scale, out)"},
+    {"add_rows_arrays", FASTCALL(add_rows),
+     "(x, table, positions, mask, scale, n_byte, out)"},
     {NULL, NULL, 0, NULL},
 };

@@ -124,7 +124,14 @@ def cope_bias_backward_arrays(
     /,
 ) -> None: ...
 def add_rows_arrays(
-    x: Any, table: Any, positions: Any, mask: Any, scale: float, out: Any, /
+    x: Any,
+    table: Any,
+    positions: Any,
+    mask: Any,
+    scale: float,
+    n_byte: int,
+    out: Any,
+    /,
 ) -> None: ...
 def sinusoidal_arrays(
     positions: Any, inv_freq: Any, interleaved: bool, cos_first: bool, out: Any, /

@@ -53,7 +53,7 @@ def add_learned(
         N sequences of different lengths lie packed along T, sequence i from
         ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``: each begins at position 0, or at
         `offset`, which may then have shape (N,).
-    padding_mask : array_like or torch.Tensor of bool, shape (T,), (B, T) or as x, optional
+    padding_mask : array_like of bool, shape (T,), (B, T) or as x, optional
         True where a token is padding: its result is zero, its position not looked at.
     out : ndarray or torch.Tensor, shape (..., T, dim), optional
         Where the result goes: of x's kind and of the result's dtype. It may be x

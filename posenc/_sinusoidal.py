@@ -37,8 +37,11 @@ LAYOUTS = {
 }
 INDEXINGS = ("xy", "ij")
 
+# Digits for frequencies: after all products still more than two doubles have.
+_CONTEXT = decimal.Context(60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
+
 # Bytes of the table that one pass over the data uses: it is to stay in a cache.
-_PIECE_SIZE = 1 << 20
+_PIECE_SIZE = 1 << 19
 
 
 def sinusoidal(
@@ -104,9 +107,9 @@ def sinusoidal(
     Notes
     -----
     ``PE[p, 2i] = sin(p * f_i)`` and ``PE[p, 2i + 1] = cos(p * f_i)`` with
-    ``f_i = scale * theta ** (-2i / dim)``, rounded to float64. Of these doubles, float32
-    entries are within 0.501 ulp and float64 ones within 1 ulp, for every finite float64
-    position and also where the value is next to zero.
+    ``f_i = scale * theta ** (-2i / dim)``, the nearest double. Of these doubles,
+    float32 entries are within 0.501 ulp and float64 ones within 1 ulp, for every finite
+    float64 position and also where the value is next to zero.
 
     References
     ----------
@@ -271,7 +274,7 @@ def add_sinusoidal(
         N sequences of different lengths lie packed along T, sequence i from
         ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``: each begins at position 0, or at
         `offset`, which may then have shape (N,).
-    padding_mask : array_like or torch.Tensor of bool, shape (T,), (B, T) or as x, optional
+    padding_mask : array_like of bool, shape (T,), (B, T) or as x, optional
         True where a token is padding: its result is zero.
     theta, layout, downscale_freq_shift : optional
         As in `sinusoidal`.
@@ -454,8 +457,7 @@ def _cut(shape, most):
 @functools.lru_cache(maxsize=64)
 def _frequencies(n_pair, theta, shift, scale):
     """Return scale * theta ** (-i / (n_pair - shift)), the doubles nearest to it."""
-    with decimal.localcontext(decimal.Context(prec=60, Emax=decimal.MAX_EMAX,
-                                              Emin=decimal.MIN_EMIN, traps=[])):  # fmt: skip
+    with decimal.localcontext(_CONTEXT):
         power, ratio = decimal.Decimal(scale), decimal.Decimal(1)
         if n_pair > 1:
             steps = n_pair - decimal.Decimal(shift)

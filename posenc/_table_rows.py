@@ -106,7 +106,7 @@ class Sum:
             target = np.empty(result.shape, result.dtype)
         for index, table, positions, mask, scale in pieces:
             _core.add_rows_arrays(
-                x[index], table, positions, mask, scale, target[index]
+                x[index], table, positions, mask, scale, target.nbytes, target[index]
             )
         if target is not result:
             result[...] = target

@@ -312,9 +312,9 @@ def add_learned(
     """
     Scale data and add the rows of a learned table at their positions, differentiably.
 
-    The numbers are those of `posenc.add_learned`, bit for bit. The gradient of the table
-    is, for each of its rows, the sum over the tokens that stand there. Under
-    `torch.compile` the call is one operator.
+    The numbers are those of `posenc.add_learned`, bit for bit. The gradient of a row of
+    the table is the sum over the tokens that stand there. Under `torch.compile` the
+    call is one operator.
 
     Parameters
     ----------

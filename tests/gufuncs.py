@@ -30,6 +30,9 @@ PLAIN = (FLOAT32, FLOAT64)
 # In the order in which NumPy is told of the loops, bfloat16's apart.
 SHORT_BY_FLOAT32 = (Types(np.float16, np.float32), Types(bfloat16, np.float32))
 SHORT_BY_OWN = (Types(np.float16, np.float16), Types(bfloat16, bfloat16))
+WITH_FLOAT64 = tuple(
+    Types(kind, np.float64) for kind in (np.float16, np.float32, np.float64, bfloat16)
+)
 PLANAR = (*PLAIN, *SHORT_BY_FLOAT32, *SHORT_BY_OWN)
 
 # NaN with a sign and a payload, infinities, zeros, subnormals, overflow.
@@ -112,6 +115,22 @@ def within_table_ulp(results, operands):
                 assert error <= TABLE_ULP[cos.dtype], angle
 
 
+def adding(layout):
+    """Judge a sum by bits: NumPy's of the data and of what `cos_sin` gives."""
+
+    def check(results, operands):
+        x, positions, inv_freq = (
+            np.asarray(op, op.dtype.newbyteorder("=")) for op in operands
+        )
+        kind = np.float64 if x.dtype == np.float64 else np.float32
+        inv_freq = inv_freq.astype(np.float64)
+        cos, sin = posenc.ufunc.cos_sin(positions, inv_freq, dtype=kind)
+        table = reference.sinusoidal_row(cos, sin, x.shape[-1], layout)
+        reference.same_bits(results[0], reference.scale_and_add(x, 1, table))
+
+    return check
+
+
 @dataclass(frozen=True)
 class Spec:
     """What the contract suite must know about one gufunc."""
@@ -186,6 +205,16 @@ SPECS = {
             (*PLAIN, *SHORT_BY_FLOAT32),
         ),
         Spec("cos_sin", (position, frequency), within_table_ulp, 1, PLAIN),
+        *(
+            Spec(
+                f"add_sinusoidal_{layout}",
+                (normal, position, frequency),
+                adding(layout),
+                0,
+                WITH_FLOAT64,
+            )
+            for layout in ("interleaved", "concat", "concat_flipped")
+        ),
     )
 }
 
