@@ -335,9 +335,7 @@ def add_sinusoidal(
     scale = real_number(here, "scale", scale)
     array = data_array(here, x)
     lead = array.shape[:-1]
-    table = _Table.checked(
-        here, array.shape[-1], theta, layout, downscale_freq_shift, needs_dim=False
-    )
+    table = _Table.checked(here, array.shape[-1], theta, layout, downscale_freq_shift)
     refuse_both(here, positions, offset, cu_seqlens)
     if positions is None:
         positions = counted(here, lead, offset, cu_seqlens).astype(np.float64)
@@ -346,6 +344,8 @@ def add_sinusoidal(
     positions = one_per_row(here, "positions", positions, lead)
     mask = padding(here, padding_mask, lead)
     if not isinstance(array, np.ndarray):
+        # In chunks as those of the data.
+        positions = np.zeros_like(array[..., 0], dtype=np.float64) + positions
         rows = positions, table.inv_freq
         return add_lazily(here, array, rows, mask, scale, out, LAYOUTS[layout])
     with np.errstate(all="ignore"):
@@ -384,12 +384,9 @@ class _Table:
         self.cos_first = flip != (layout == "concat_flipped")
 
     @classmethod
-    def checked(
-        cls, function, dim, theta, layout, shift=0.0, scale=1.0, flip=False, *,
-        needs_dim=True,
-    ):  # fmt: skip
+    def checked(cls, function, dim, theta, layout, shift=0.0, scale=1.0, flip=False):
         """Return the table of these arguments of a function."""
-        dim = whole_number(function, "dim", dim, 1) if needs_dim else dim
+        dim = whole_number(function, "dim", dim, 0)
         one_of(function, "layout", layout, LAYOUTS)
         true_or_false(function, "flip_sin_to_cos", flip)
         if flip and layout == "concat_flipped":
@@ -412,8 +409,7 @@ class _Table:
         if misfits or share_memory(positions, result):
             target = np.empty(result.shape, result.dtype.newbyteorder("="))
         positions = np.require(positions, np.float64, "A")
-        if self.dim % 2:
-            target[..., -1] = 0
+        target[..., self.dim - self.dim % 2 :] = 0
         _core.sinusoidal_arrays(
             positions, self.inv_freq, self.interleaved, self.cos_first, target
         )
