@@ -128,6 +128,7 @@ def add_learned(
         total = Sum(here, x, array, rows.dtype, out)
         kept, rows = rows, np.require(rows, total.table_dtype, "A")
         hidden = None if mask is None else np.broadcast_to(mask, lead)
+        positions = np.require(positions, np.int64, "A")
         piece = ..., rows, np.broadcast_to(positions, lead), hidden, scale
         given = [kept, positions] if mask is None else [kept, positions, mask]
         return total.add([piece], given)
