@@ -6,7 +6,7 @@ import numpy as np
 from . import _tensors as tensors
 from ._check import as_array, must, one_of, real_number, whole_number
 from ._rope_check import _real_kind, table_result
-from ._rope_rows import _row_numbers, _whole_numbers
+from ._rope_rows import _whole_numbers
 from ._table_rows import (
     Sum,
     add_lazily,
@@ -225,29 +225,34 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
 
 def _rows(function, lead, table, positions, offset, cu_seqlens, mask):
     """Return the row of the table for each token; raise unless all are there."""
-    name = "positions"
     if positions is None:
-        name = "x" if offset is None and cu_seqlens is None else "offset"
-        name = "cu_seqlens" if name == "offset" and offset is None else name
-        positions = counted(function, lead, offset, cu_seqlens)
-    positions = one_per_row(
-        function, "positions", _whole_numbers(function, "positions", positions), lead
-    )
-    if mask is not None and mask.any():
-        positions = np.where(mask, 0, positions)
-        if not len(table) and mask.all():
-            return positions
-    if name == "positions":
-        return _row_numbers(function, "table", table, positions)
-    outside = (positions < 0) | (positions >= len(table))
-    if outside.any():
-        where = np.argwhere(outside)[0]
+        given = counted(function, lead, offset, cu_seqlens)
+    else:
+        given = _whole_numbers(function, "positions", positions)
+    placed = one_per_row(function, "positions", given, lead)
+    outside = (placed < 0) | (placed >= len(table))
+    if not outside.any():
+        return placed
+    wrong = outside
+    if mask is not None:  # of no matter where all tokens of a position are padding
+        seen = np.broadcast_to(~mask, lead)
+        shared = [i for i, size in enumerate(placed.shape) if size < lead[i]]
+        wrong = outside & seen.any(axis=tuple(shared), keepdims=True)
+    if wrong.any():
+        index = np.unravel_index(int(np.argmax(wrong)), given.shape)
+        index = tuple(map(int, index))
+        number = given[index]
+        if positions is not None:
+            rule = f"lie in [0, {len(table)}), the rows of table"
+            got = f"{number} at index {index}"
+            raise ValueError(must(function, "positions", rule, got))
+        name = "x" if offset is None else "offset"
+        name = "cu_seqlens" if cu_seqlens is not None and offset is None else name
         rule = f"lead to positions in [0, {len(table)}), the rows of table"
-        got = f"{positions[tuple(where)]} for token {where[-1]}"
-        if len(positions) > 1 and positions.ndim > 1:
-            got += f" of sequence {where[0]}"
+        got = f"{number} for token {index[-1]}"
+        got += f" of sequence {index[0]}" if len(index) > 1 else ""
         raise ValueError(must(function, name, rule, got))
-    return positions
+    return np.where(outside, 0, placed)
 
 
 def _extended(old, length, method, alpha, dtype):

@@ -122,7 +122,7 @@ def test_packed_sequences_and_decode_steps():
         ({"offset": 1}, "512 for token 511"),
         ({"offset": [0, 5]}, "512 for token 512"),
         ({"offset": -1}, "-1 for token 0"),
-        ({"positions": np.arange(513)}, "512 at index (0, 512)"),
+        ({"positions": np.arange(513)}, "512 at index (512,)"),
         ({"cu_seqlens": [0, 513]}, "512 for token 512"),
     ],
     ids=str,
