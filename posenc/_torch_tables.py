@@ -108,12 +108,12 @@ _ADD_LEARNED_OUT = register(
 # --- derivatives ---------------------------------------------------------------------
 
 
-def _scaled(grad, x, places, scale):
+def _scaled(grad, places, scale, dtype):
     """Return the gradient of the data."""
     grad = grad * scale if scale != 1 else grad
     if places.padding_mask is not None:
-        grad = grad.masked_fill(places.hidden(x), 0)
-    return grad.to(x.dtype)
+        grad = grad.masked_fill(places.hidden(grad), 0)
+    return grad.to(dtype)
 
 
 class _AddSinusoidal(torch.autograd.Function):
@@ -127,15 +127,14 @@ class _AddSinusoidal(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, *rest = inputs
-        ctx.scale = rest[4]
+        ctx.scale, ctx.dtype = rest[4], x.dtype
         ctx.save_for_backward(rest[3])
-        ctx.like = x.new_empty(0).expand(*x.shape[:-1], 0)
 
     @staticmethod
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         places = Places(padding_mask=mask)
-        return _scaled(grad, ctx.like, places, ctx.scale), *(None,) * 8
+        return _scaled(grad, places, ctx.scale, ctx.dtype), *(None,) * 8
 
 
 class _AddLearned(torch.autograd.Function):
@@ -149,32 +148,30 @@ class _AddLearned(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, table, *rest = inputs
-        ctx.scale = rest[4]
+        ctx.scale, ctx.dtype = rest[4], x.dtype
         ctx.save_for_backward(*rest[:4])
-        ctx.like = x.new_empty(0).expand(*x.shape[:-1], 0)
         ctx.n_row, ctx.table_dtype = table.shape[0], table.dtype
 
     @staticmethod
     def backward(ctx, grad):
-        places, like = Places(*ctx.saved_tensors), ctx.like
+        places = Places(*ctx.saved_tensors)
         of_x = of_table = None
         if ctx.needs_input_grad[0]:
-            of_x = _scaled(grad, like, places, ctx.scale)
+            of_x = _scaled(grad, places, ctx.scale, ctx.dtype)
         if ctx.needs_input_grad[1]:
-            of_table = _scatter(grad, like, places, ctx.n_row).to(ctx.table_dtype)
+            of_table = _scatter(grad, places, ctx.n_row).to(ctx.table_dtype)
         return of_x, of_table, *(None,) * 5
 
 
-def _scatter(grad, x, places, n_row):
+def _scatter(grad, places, n_row):
     """Return the gradient of a table: of each row, the sum over its tokens."""
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    positions = places.numbers(x).long()
+    positions = places.numbers(grad).long()
     if places.padding_mask is not None:
-        hidden = places.hidden(x)
+        hidden = places.hidden(grad)
         grad = grad.masked_fill(hidden, 0)
-        if hidden.ndim and positions.shape != grad.shape[:-1]:
-            positions, _ = torch.broadcast_tensors(positions, hidden[..., 0])
-        positions = positions.masked_fill(hidden[..., 0].expand(positions.shape), 0)
+        # Positions that all are padding may be no rows.
+        positions = torch.where((positions >= 0) & (positions < n_row), positions, 0)
     grad = grad.sum_to_size((*positions.shape, grad.shape[-1]))
     return torch.ops.aten.embedding_dense_backward(grad, positions, n_row, -1, False)
 
