@@ -283,9 +283,8 @@ def add_sinusoidal(
         write(*given, *sines, out)
         return out
     if transformed():
-        like = torch.zeros((1, *x.shape[-2:]), dtype=torch.float32)
-        like = like.to(torch.promote_types(_own(x), torch.float32))
-        numbers = places.numbers(x)
+        numbers, dtype = places.numbers(x), torch.promote_types(_own(x), torch.float32)
+        like = torch.zeros(x.shape[-2:], dtype=dtype)
         like = like.expand(*numbers.shape[:-1], *x.shape[-2:])
         rows = _ADD_SINUSOIDAL(like, numbers, None, None, None, 1.0,
                                *sines[1:])  # fmt: skip
