@@ -208,6 +208,47 @@ cos_sin_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, voi
     run_rows(table_task_strip, NULL, &task, (size_t)m, n_row, base, step);
 }
 
+/* What the loops of sinusoidal tables are told. */
+typedef struct {
+    int layout, type;
+} sinusoidal_variant;
+
+#define SINUSOIDAL_VARIANTS(layout)                                 \
+    {                                                               \
+        {layout, REAL_F32}, {layout, REAL_F64}, {layout, REAL_F16}, \
+        {                                                           \
+            layout, REAL_BF16                                       \
+        }                                                           \
+    }
+static sinusoidal_variant sinusoidals[N_SINUSOIDAL][N_REAL] = {
+    SINUSOIDAL_VARIANTS(SINUSOIDAL_INTERLEAVED),
+    SINUSOIDAL_VARIANTS(SINUSOIDAL_CONCAT),
+    SINUSOIDAL_VARIANTS(SINUSOIDAL_CONCAT_FLIPPED),
+};
+
+/* (n),(),(m)->(n): x, position, inv_freq -> out */
+static void
+add_sinusoidal_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                    void *data)
+{
+    const sinusoidal_variant *variant = data;
+    npy_intp n_row = dimensions[0], n = dimensions[1], m = dimensions[2];
+    sinusoidal_task task = {
+        .within = {.n_channel = (size_t)n,
+                   .n_pair = (size_t)(m < n / 2 ? m : n / 2), /* dask's 1 and 1 */
+                   .layout = variant->layout,
+                   .inv_freq_type = REAL_F64,
+                   .table_type = variant->type == REAL_F64 ? REAL_F64 : REAL_F32,
+                   .x_channel = steps[4],
+                   .inv_freq_pair = steps[5],
+                   .out_channel = steps[6]},
+        .type = variant->type,
+    };
+    char *base[NEST_N_OPERAND] = {args[0], args[1], args[2], args[3]};
+    ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[2], steps[3]};
+    run_rows(sinusoidal_task_strip, NULL, &task, (size_t)n, n_row, base, step);
+}
+
 /* (t,d),(s,d),(s,d),(d,p)->(t,d): q, k, v, position_embedding -> out */
 static void
 attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
@@ -429,6 +470,12 @@ check_complex(PyUFuncObject *ufunc, npy_intp *core)
 }
 
 static int
+check_sinusoidal(PyUFuncObject *ufunc, npy_intp *core)
+{
+    return check_width(ufunc->name, "inv_freq", core);
+}
+
+static int
 check_attention(PyUFuncObject *ufunc, npy_intp *core)
 {
     if (core[3] > 0) {
@@ -464,6 +511,37 @@ typedef struct {
     "float32: computed in float32, rounded once. NaN results are one quiet NaN.\n\n" \
     "See posenc.rope. Su et al., 2021, eq. 34, https://arxiv.org/abs/2104.09864\n\n" \
     "Examples\n--------\n" example
+
+#define SINUSOIDAL_DOC(order, example)                                             \
+    "Add the sines and cosines of position * inv_freq to x, " order ".\n\n"        \
+    "x (n), position (), inv_freq (m) -> (n), with 2 * m <= n; channels past\n"    \
+    "2 * m stay as they are. float16, bfloat16, float32 or float64 x; positions\n" \
+    "and frequencies count as float64 and as exact.\n\n"                           \
+    "See posenc.add_sinusoidal. Vaswani et al., 2017, section 3.5,\n"              \
+    "https://arxiv.org/abs/1706.03762\n\n"                                         \
+    "Examples\n--------\n"                                                         \
+    ">>> import numpy as np\n"                                                     \
+    ">>> from posenc import ufunc\n" example
+
+/* Half first: positions are often integers, and then the first loop wins that all
+ * operands can safely be cast to. */
+#define SINUSOIDAL_TYPES                                                               \
+    {                                                                                  \
+        NPY_HALF, NPY_DOUBLE, NPY_DOUBLE, NPY_HALF, NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, \
+            NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE,                 \
+    }
+#define SINUSOIDAL_ENTRY(the_name, layout, order, example)                        \
+    {                                                                             \
+        .name = the_name, .signature = "(n),(),(m)->(n)",                         \
+        .doc = SINUSOIDAL_DOC(order, example), .nin = 3, .nout = 1, .n_loop = 3,  \
+        .check = check_sinusoidal,                                                \
+        .loop = {add_sinusoidal_loop, add_sinusoidal_loop, add_sinusoidal_loop},  \
+        .data = {&sinusoidals[layout][REAL_F16], &sinusoidals[layout][REAL_F32],  \
+                 &sinusoidals[layout][REAL_F64]},                                 \
+        .types = SINUSOIDAL_TYPES, .n_bfloat16 = 1,                               \
+        .bfloat16_data = {&sinusoidals[layout][REAL_BF16]},                       \
+        .bfloat16_types = {{NPY_BFLOAT16, NPY_DOUBLE, NPY_DOUBLE, NPY_BFLOAT16}}, \
+    }
 
 /* NumPy keeps pointers into this table: it must live as long as the process.
  * Exact types win whatever the order; for the others the first loop that they
@@ -563,6 +641,19 @@ static gufunc_entry gufuncs[] = {
                   NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
                   NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT},
     },
+    SINUSOIDAL_ENTRY("add_sinusoidal_interleaved", SINUSOIDAL_INTERLEAVED, "by turns",
+                     ">>> ufunc.add_sinusoidal_interleaved(np.zeros(5), "
+                     "0, [1.0, 0.1])\n"
+                     "array([0., 1., 0., 1., 0.])\n"),
+    SINUSOIDAL_ENTRY("add_sinusoidal_concat", SINUSOIDAL_CONCAT, "one after the other",
+                     ">>> ufunc.add_sinusoidal_concat("
+                     "np.zeros(5), 0, [1.0, 0.1])\n"
+                     "array([0., 0., 1., 1., 0.])\n"),
+    SINUSOIDAL_ENTRY("add_sinusoidal_concat_flipped", SINUSOIDAL_CONCAT_FLIPPED,
+                     "cosines first",
+                     ">>> ufunc.add_sinusoidal_concat_flipped("
+                     "np.zeros(5), 0, [1.0, 0.1])\n"
+                     "array([1., 1., 0., 0., 0.])\n"),
     {
         .name = "cope_gates",
         .doc = "Gates of contextual positions: 1 / (1 + exp(-logits)).\n\n"

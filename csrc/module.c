@@ -93,6 +93,8 @@ module_exec(PyObject *module)
         return -1;
     }
     if (PyModule_AddFunctions(module, array_methods) < 0 ||
+        PyModule_AddFunctions(module, sinusoidal_methods) < 0 ||
+        PyModule_AddFunctions(module, learned_methods) < 0 ||
         PyModule_AddFunctions(module, cope_methods) < 0 ||
         PyModule_AddFunctions(module, cope_attention_methods) < 0 ||
         PyModule_AddFunctions(module, cope_attention_backward_methods) < 0) {

@@ -15,6 +15,10 @@
 #ifndef POSENC_IMPORTS_NUMPY
 #define NO_IMPORT_ARRAY
 #define NO_IMPORT_UFUNC
+/* Sinusoidal tables, and rows of tables added to arrays (learned_arrays.c). */
+extern PyMethodDef sinusoidal_methods[];
+extern PyMethodDef learned_methods[];
+
 #endif
 #include <numpy/arrayobject.h>
 #include <numpy/ufuncobject.h>
@@ -29,5 +33,9 @@ extern PyMethodDef cope_attention_backward_methods[];
 
 /* The same of CoPE (cope_arrays.c). */
 extern PyMethodDef cope_methods[];
+
+/* Sinusoidal tables, and rows of tables added to arrays (learned_arrays.c). */
+extern PyMethodDef sinusoidal_methods[];
+extern PyMethodDef learned_methods[];
 
 #endif

@@ -236,11 +236,72 @@ typedef void cope_attention_backward_kernel(const cope_attention_shape *shape,
                                             const cope_attention_gradients *gradients,
                                             void *scratch);
 
+/* Where the sines and cosines of a row go: by turns, sine first; or all of one and then
+ * all of the other. */
+enum {
+    SINUSOIDAL_INTERLEAVED,
+    SINUSOIDAL_CONCAT,
+    SINUSOIDAL_CONCAT_FLIPPED,
+    N_SINUSOIDAL
+};
+
+typedef struct {
+    size_t n_row, n_channel;
+    double scale;   /* rounded to what is computed in: float for 16 bits          */
+    int table_type; /* of table: the type of x, or REAL_F32                       */
+    bool stream;    /* as for rotations                                           */
+    ptrdiff_t x_row, table_row, mask_row, out_row;   /* row to row                */
+    ptrdiff_t x_channel, table_channel, out_channel; /* within a row              */
+} add_strip;
+
+/* Scale rows and add those of a table of positions.
+ *
+ *   x      (n_row, n_channel)  data
+ *   table  (n_row, n_channel)  what is added
+ *   mask   (n_row,)            bytes; rows of others than 0 become zeros; or NULL
+ *   out    (n_row, n_channel)  may be x itself with x's own steps; else disjoint
+ *
+ * out = x scale + table, a product and a sum, each rounded; 16 bits are computed in
+ * float and rounded once.  A NaN becomes the quiet NaN.
+ *
+ * Gehring et al., "Convolutional Sequence to Sequence Learning", 2017, section 3.1.
+ */
+typedef void add_rows_kernel(const add_strip *strip, const char *x, const char *table,
+                             const char *mask, char *out);
+
+typedef struct {
+    size_t n_row, n_channel;
+    size_t n_pair;     /* 2 * n_pair <= n_channel             */
+    int layout;        /* SINUSOIDAL_INTERLEAVED, ...         */
+    int inv_freq_type; /* REAL_F32 or REAL_F64                */
+    int table_type;    /* REAL_F64 for doubles, else REAL_F32 */
+    ptrdiff_t x_row, position_row, inv_freq_row, out_row;
+    ptrdiff_t x_channel, inv_freq_pair, out_channel;
+} sinusoidal_strip;
+
+/* Add sines and cosines of position * inv_freq to rows of data.
+ *
+ *   x         (n_row, n_channel)  data
+ *   position  (n_row,)            double, as for cos_sin
+ *   inv_freq  (n_row, n_pair)     likewise
+ *   out       (n_row, n_channel)  as of add_rows
+ *
+ * The entries are those of cos_sin and are added as rows of a table are; channels past
+ * 2 * n_pair get 0.
+ *
+ * Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
+ */
+typedef void add_sinusoidal_kernel(const sinusoidal_strip *strip, const char *x,
+                                   const char *position, const char *inv_freq,
+                                   char *out);
+
 /* The kernels of one instruction set. */
 typedef struct {
     const char *simd;
     rope_kernel *rope[N_LAYOUT][N_ROUNDING][N_REAL];
     cos_sin_kernel *cos_sin;
+    add_rows_kernel *add_rows[N_REAL];
+    add_sinusoidal_kernel *add_sinusoidal[N_REAL];
     cope_gates_kernel *cope_gates[N_REAL];
     cope_positions_kernel *cope_positions[N_REAL];
     cope_interpolate_kernel *cope_interpolate[N_REAL];

@@ -10,6 +10,7 @@ Hugging Face models in `posenc.hf`.
 from . import ufunc
 from ._cope import cope_bias, cope_gates, cope_interpolate, cope_positions
 from ._cope_attention import cope_attention
+from ._learned import add_learned, extend_table
 from ._rope import (
     permute_layout,
     rope,
@@ -21,16 +22,20 @@ from ._rope import (
 )
 from ._runtime import build_info, get_num_threads, set_num_threads
 from ._scaling import rope_inv_freq
+from ._sinusoidal import add_sinusoidal, sinusoidal, sinusoidal_grid
 from ._version import __version__
 
 __all__ = [
     "__version__",
+    "add_learned",
+    "add_sinusoidal",
     "build_info",
     "cope_attention",
     "cope_bias",
     "cope_gates",
     "cope_interpolate",
     "cope_positions",
+    "extend_table",
     "get_num_threads",
     "permute_layout",
     "rope",
@@ -41,5 +46,7 @@ __all__ = [
     "rope_qk",
     "rope_table",
     "set_num_threads",
+    "sinusoidal",
+    "sinusoidal_grid",
     "ufunc",
 ]

@@ -13,6 +13,8 @@ _GRADIENTS = {
     "rope": " (posenc.torch.rope gives gradients)",
     "rope_qk": " (posenc.torch.rope_qk gives gradients)",
     "rope_complex": " (posenc.torch.rope gives gradients)",
+    "add_sinusoidal": " (posenc.torch.add_sinusoidal gives gradients)",
+    "add_learned": " (posenc.torch.add_learned gives gradients)",
     "cope_bias": " (posenc.torch.cope_bias gives gradients)",
     "cope_attention": " (posenc.torch.cope_attention gives gradients)",
 }

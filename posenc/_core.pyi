@@ -4,6 +4,9 @@ from typing import Any, Final
 
 import numpy as np
 
+add_sinusoidal_concat: Final[np.ufunc]
+add_sinusoidal_concat_flipped: Final[np.ufunc]
+add_sinusoidal_interleaved: Final[np.ufunc]
 cope_attention: Final[np.ufunc]
 cope_bias: Final[np.ufunc]
 cope_gates: Final[np.ufunc]
@@ -120,4 +123,17 @@ def cope_bias_backward_arrays(
     dlogits: np.ndarray,
     dz: np.ndarray,
     /,
+) -> None: ...
+def add_rows_arrays(
+    x: Any,
+    table: Any,
+    positions: Any,
+    mask: Any,
+    scale: float,
+    n_byte: int,
+    out: Any,
+    /,
+) -> None: ...
+def sinusoidal_arrays(
+    positions: Any, inv_freq: Any, interleaved: bool, cos_first: bool, out: Any, /
 ) -> None: ...

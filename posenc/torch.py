@@ -2,7 +2,7 @@
 
 `posenc.rope` and its like take tensors too; the functions here, with the same
 arguments, also give derivatives, and each call is one operator in a compiled graph.
-Contextual positions (CoPE) are in _torch_cope.py.
+Contextual positions (CoPE) are in _torch_cope.py, added tables in _torch_tables.py.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
@@ -21,12 +21,22 @@ from ._scaling import rope_inv_freq
 from ._torch_check import as_tensor, check_tensor, refuse_out
 from ._torch_cope import CoPE, CoPEAttention, KVCache, cope_attention, cope_bias
 from ._torch_ops import Rows, Turn, undisturbed
+from ._torch_tables import (
+    LearnedEmbedding,
+    SinusoidalEmbedding,
+    add_learned,
+    add_sinusoidal,
+)
 
 __all__ = [
     "CoPE",
     "CoPEAttention",
     "KVCache",
+    "LearnedEmbedding",
     "RotaryEmbedding",
+    "SinusoidalEmbedding",
+    "add_learned",
+    "add_sinusoidal",
     "cope_attention",
     "cope_bias",
     "rope",

@@ -10,6 +10,9 @@ and checks, take torch tensors, and are faster on plain arrays.
 - ``rope_complex(x, cis)``, ``(n),(m)->(n)``: the same pairs by a complex table
 - ``cos_sin(position, inv_freq)``, ``(),(m)->(m),(m)``: exact angles, in the type of
   `inv_freq` unless ``dtype=`` or ``out=`` says other
+- ``add_sinusoidal_interleaved(x, position, inv_freq)``, ``(n),(),(m)->(n)``: x and the
+  sines and cosines of the angles by turns; those of ``add_sinusoidal_concat`` go one
+  after the other, those of ``add_sinusoidal_concat_flipped`` with cosines first
 - ``cope_gates(logits)``, ``()->()``, elementwise: sigmoids
 - ``cope_positions(gates, n_position)``, ``(s),()->(s)``: their sums from the right
 - ``cope_interpolate(z, positions)``, ``(p),(s)->(s)``: z between its entries
@@ -21,7 +24,8 @@ and checks, take torch tensors, and are faster on plain arrays.
 The rotations take float32 and float64; and float16 and ml_dtypes' bfloat16 data with a
 float32 (complex64) table or, but for ``rope_complex``, one of their own type; so do
 ``cope_bias`` and ``cope_interpolate`` with their second operand, and n_position is
-float64. Results are of the data's type, that of x, logits, gates or z; those of 16 bits
+float64. The sums take data of these types with float64 positions and frequencies.
+Results are of the data's type, that of x, logits, gates or z; those of 16 bits
 are computed in float32 and rounded once. Other mixtures NumPy casts to the first of
 these types that holds them all safely.
 
@@ -36,6 +40,9 @@ Examples
 
 # SPDX-License-Identifier: BSD-3-Clause
 from ._core import (
+    add_sinusoidal_concat,
+    add_sinusoidal_concat_flipped,
+    add_sinusoidal_interleaved,
     cope_attention,
     cope_bias,
     cope_gates,
@@ -48,6 +55,9 @@ from ._core import (
 )
 
 __all__ = [
+    "add_sinusoidal_concat",
+    "add_sinusoidal_concat_flipped",
+    "add_sinusoidal_interleaved",
     "cope_attention",
     "cope_bias",
     "cope_gates",

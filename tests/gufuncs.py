@@ -31,6 +31,9 @@ PLAIN = (FLOAT32, FLOAT64)
 # In the order in which NumPy is told of the loops, bfloat16's apart.
 SHORT_BY_FLOAT32 = (Types(np.float16, np.float32), Types(bfloat16, np.float32))
 SHORT_BY_OWN = (Types(np.float16, np.float16), Types(bfloat16, bfloat16))
+WITH_FLOAT64 = tuple(
+    Types(kind, np.float64) for kind in (np.float16, np.float32, np.float64, bfloat16)
+)
 PLANAR = (*PLAIN, *SHORT_BY_FLOAT32, *SHORT_BY_OWN)
 SINGLE = (*PLAIN, *SHORT_BY_OWN)
 
@@ -170,6 +173,22 @@ def closely(function):
             native = [op.astype(float) for op in native]
             want, size = function(*native, dtype=computed_in(got.dtype))
         assert_close(got, want, size)
+
+    return check
+
+
+def adding(layout):
+    """Judge a sum by bits: NumPy's of the data and of what `cos_sin` gives."""
+
+    def check(results, operands):
+        x, positions, inv_freq = (
+            np.asarray(op, op.dtype.newbyteorder("=")) for op in operands
+        )
+        kind = np.float64 if x.dtype == np.float64 else np.float32
+        inv_freq = inv_freq.astype(np.float64)
+        cos, sin = posenc.ufunc.cos_sin(positions, inv_freq, dtype=kind)
+        table = reference.sinusoidal_row(cos, sin, x.shape[-1], layout)
+        reference.same_bits(results[0], reference.scale_and_add(x, 1, table))
 
     return check
 
@@ -324,6 +343,16 @@ SPECS = {
         ),
         Spec("cope_attention", (normal,) * 4, attention, 0, SINGLE),
         Spec("cos_sin", (position, frequency), within_table_ulp, 1, PLAIN),
+        *(
+            Spec(
+                f"add_sinusoidal_{layout}",
+                (normal, position, frequency),
+                adding(layout),
+                0,
+                WITH_FLOAT64,
+            )
+            for layout in ("interleaved", "concat", "concat_flipped")
+        ),
     )
 }
 

@@ -319,6 +319,48 @@ def cope_attention(q, k, v, embedding, dtype=np.float64):
     return out, size
 
 
+# --- added tables --------------------------------------------------------------------
+
+
+def scale_and_add(x, scale, rows):
+    """Return x * scale + rows, each rounded; 16 bits are rounded once, from float32."""
+    kind = np.float64 if x.dtype == np.float64 else np.float32
+    with np.errstate(all="ignore"):
+        total = x.astype(kind) * kind(scale) + rows.astype(kind)
+        return one_nan(total.astype(x.dtype))
+
+
+def sinusoidal_row(cos, sin, dim, layout):
+    """Put sines and cosines of n pairs at their channels; zeros follow."""
+    n_pair = cos.shape[-1]
+    row = np.zeros((*cos.shape[:-1], dim), cos.dtype)
+    first, second = (cos, sin) if layout == "concat_flipped" else (sin, cos)
+    if layout == "interleaved":
+        row[..., 0 : 2 * n_pair : 2], row[..., 1 : 2 * n_pair : 2] = first, second
+    else:
+        row[..., :n_pair], row[..., n_pair : 2 * n_pair] = first, second
+    return row
+
+
+def true_sinusoidal(position, dim, theta=10000, layout="interleaved", shift=0, scale=1):
+    """Return the row of one position, by the formula as it stands, in mpmath."""
+    n_pair = dim // 2
+    with mp.workprec(200):
+        angles = [
+            mp.mpf(position)
+            * mp.mpf(scale)
+            / mp.power(theta, mp.mpf(i) / (n_pair - mp.mpf(shift)))
+            for i in range(n_pair)
+        ]
+        sin, cos = [mp.sin(angle) for angle in angles], [mp.cos(a) for a in angles]
+    row = {
+        "interleaved": [part for pair in zip(sin, cos, strict=True) for part in pair],
+        "concat": sin + cos,
+        "concat_flipped": cos + sin,
+    }[layout]
+    return row + [mp.mpf(0)] * (dim - 2 * n_pair)
+
+
 # --- frequencies ---------------------------------------------------------------------
 
 

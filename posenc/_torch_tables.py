@@ -1,0 +1,639 @@
+"""Tables of positions added to tensors, with gradients: operators, functions, modules.
+
+The operators are what `torch.compile` keeps in its graphs; they stand below autograd.
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _learned, _sinusoidal
+from ._check import must, one_of, real_number, whole_number
+from ._torch_check import as_tensor, check_tensor, refuse_out
+from ._torch_cope_ops import _bares, _need_gradients, _plain, _register
+from ._torch_ops import Rows, _nothing, fresh, register, transformed
+
+
+class Places(NamedTuple):
+    """Where the tokens stand, and which are padding: tensors, or None."""
+
+    positions: Any = None
+    offset: Any = None
+    cu_seqlens: Any = None
+    padding_mask: Any = None
+
+    def numbers(self, x):
+        """Return the position of each token, with as many axes as x but its last."""
+        positions = Rows(*self[:3]).numbers(x.shape[-2])
+        if positions is None:
+            positions = torch.arange(x.shape[-2], device=x.device)
+        return _one_per_row(positions, x)
+
+    def hidden(self, x):
+        """Return which rows of x are padding, with an axis for the channels."""
+        return _one_per_row(self.padding_mask, x)[..., None]
+
+
+def _one_per_row(tensor, x):
+    n_axis = x.ndim - 1
+    if tensor.ndim == 2 and n_axis > 2:
+        shape = tensor.shape[0], *(1,) * (n_axis - 2), tensor.shape[1]
+        return tensor.reshape(shape)
+    return tensor.reshape((1,) * (n_axis - tensor.ndim) + tuple(tensor.shape))
+
+
+class Sines(NamedTuple):
+    """Which sinusoidal table is added, to data multiplied by what."""
+
+    scale: float
+    theta: float
+    layout: str
+    downscale_freq_shift: float
+
+
+# --- operators -----------------------------------------------------------------------
+
+
+def _sinusoidal_op(x, *rest, out=None):
+    x, *places = _bares((x, *rest[:4]))
+    options = Places(*places)._asdict() | Sines(*rest[4:])._asdict()
+    return _sinusoidal.add_sinusoidal(x, **options, out=out)
+
+
+def _sinusoidal_out(*arguments):
+    *arguments, out = arguments
+    _sinusoidal_op(*arguments, out=out)
+
+
+def _learned_op(x, table, *rest, out=None):
+    x, table, *places = _bares((x, table, *rest[:4]))
+    options = Places(*places)._asdict()
+    return _learned.add_learned(x, table, scale=rest[4], **options, out=out)
+
+
+def _learned_out(*arguments):
+    *arguments, out = arguments
+    _learned_op(*arguments, out=out)
+
+
+def _fresh_sum(x, *_):
+    return torch.empty_like(x, dtype=_own(x))
+
+
+def _own(x):
+    return x.dtype if x.is_floating_point() else torch.float64
+
+
+_PLACES = "Tensor? positions, Tensor? offset, Tensor? cu_seqlens, Tensor? padding_mask"
+_SINES = f"Tensor x, {_PLACES}, float scale, float theta, str layout, float shift"
+_LEARNED = f"Tensor x, Tensor table, {_PLACES}, float scale"
+_ADD_SINUSOIDAL = _register(
+    f"add_sinusoidal({_SINES}) -> Tensor", _sinusoidal_op, _fresh_sum
+)
+_ADD_SINUSOIDAL_OUT = register(
+    f"add_sinusoidal_out({_SINES}, Tensor(a!) out) -> ()", _sinusoidal_out, _nothing
+)
+_ADD_LEARNED = _register(
+    f"add_learned({_LEARNED}) -> Tensor",
+    _learned_op,
+    lambda x, table, *_: fresh(x, table, table),
+)
+_ADD_LEARNED_OUT = register(
+    f"add_learned_out({_LEARNED}, Tensor(a!) out) -> ()", _learned_out, _nothing
+)
+
+
+# --- derivatives ---------------------------------------------------------------------
+
+
+def _scaled(grad, places, scale, dtype):
+    """Return the gradient of the data."""
+    grad = grad * scale if scale != 1 else grad
+    if places.padding_mask is not None:
+        grad = grad.masked_fill(places.hidden(grad), 0)
+    return grad.to(dtype)
+
+
+class _AddSinusoidal(torch.autograd.Function):
+    """The sum is linear in the data."""
+
+    @staticmethod
+    def forward(x, *rest):
+        work = _sinusoidal_op if _plain((x, *rest[:4])) else _ADD_SINUSOIDAL
+        return work(x, *rest)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *rest = inputs
+        ctx.scale, ctx.dtype = rest[4], x.dtype
+        ctx.save_for_backward(rest[3])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        places = Places(padding_mask=mask)
+        return _scaled(grad, places, ctx.scale, ctx.dtype), *(None,) * 8
+
+
+class _AddLearned(torch.autograd.Function):
+    """The sum is linear in the data and in the table, whose rows gather gradients."""
+
+    @staticmethod
+    def forward(x, table, *rest):
+        work = _learned_op if _plain((x, table, *rest[:4])) else _ADD_LEARNED
+        return work(x, table, *rest)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, table, *rest = inputs
+        ctx.scale, ctx.dtype = rest[4], x.dtype
+        ctx.save_for_backward(*rest[:4])
+        ctx.n_row, ctx.table_dtype = table.shape[0], table.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        places = Places(*ctx.saved_tensors)
+        of_x = of_table = None
+        if ctx.needs_input_grad[0]:
+            of_x = _scaled(grad, places, ctx.scale, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            of_table = _scatter(grad, places, ctx.n_row).to(ctx.table_dtype)
+        return of_x, of_table, *(None,) * 5
+
+
+def _scatter(grad, places, n_row):
+    """Return the gradient of a table: of each row, the sum over its tokens."""
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    positions = places.numbers(grad).long()
+    if places.padding_mask is not None:
+        hidden = places.hidden(grad)
+        grad = grad.masked_fill(hidden, 0)
+        # Positions that all are padding may be no rows.
+        positions = torch.where((positions >= 0) & (positions < n_row), positions, 0)
+    grad = grad.sum_to_size((*positions.shape, grad.shape[-1]))
+    return torch.ops.aten.embedding_dense_backward(grad, positions, n_row, -1, False)
+
+
+def _composed(x, rows, places, scale, dtype):
+    """Return the sum by torch's own functions, for transforms of any kind."""
+    wide = torch.promote_types(dtype, torch.float32)
+    total = (x.to(wide) * scale + rows.to(wide)).to(dtype)
+    if places.padding_mask is not None:
+        total = total.masked_fill(places.hidden(x), 0)
+    return total
+
+
+# --- functions -----------------------------------------------------------------------
+
+
+def _places(function, positions, offset, cu_seqlens, padding_mask):
+    """Return what tells where tokens stand, as tensors."""
+    for name, value in (("offset", offset), ("cu_seqlens", cu_seqlens)):
+        if positions is not None and value is not None:
+            rule = f"not be given together with {name}"
+            raise ValueError(must(function, "positions", rule, "both"))
+    given = Places(positions, offset, cu_seqlens, padding_mask)._asdict().items()
+    return Places(*(None if v is None else as_tensor(function, n, v) for n, v in given))
+
+
+def _check_data(function, x):
+    check_tensor(function, "x", x)
+    if x.ndim < 2:
+        rule = "have at least two axes, of tokens and of channels"
+        raise ValueError(must(function, "x", rule, f"shape {tuple(x.shape)}"))
+
+
+def add_sinusoidal(
+    x,
+    *,
+    scale=1.0,
+    positions=None,
+    offset=None,
+    cu_seqlens=None,
+    padding_mask=None,
+    theta=10000.0,
+    layout="interleaved",
+    downscale_freq_shift=0.0,
+    out=None,
+):
+    """
+    Scale data and add the sinusoidal table of their positions, differentiably.
+
+    The numbers are those of `posenc.add_sinusoidal`, bit for bit. Under `torch.compile`
+    the call is one operator.
+
+    Parameters
+    ----------
+    x : torch.Tensor, shape (..., T, dim)
+        Token embeddings on the CPU: float64, float32, bfloat16 or float16, in any
+        memory layout.
+    scale, positions, offset, cu_seqlens, padding_mask : optional
+        As in `posenc.add_sinusoidal`; all but `scale` may be tensors.
+    theta, layout, downscale_freq_shift : optional
+        As in `posenc.sinusoidal`.
+    out : torch.Tensor, optional
+        Where the result goes; it may be x itself. Without gradients only.
+
+    Returns
+    -------
+    torch.Tensor, shape (..., T, dim)
+        ``x * scale + table``, zero where padded; `out` if it was given.
+
+    Raises
+    ------
+    TypeError
+        If x is no tensor or neither on the CPU nor on meta, or `out` is given where
+        gradients are needed; and as `posenc.add_sinusoidal` does.
+    ValueError
+        As `posenc.add_sinusoidal` does.
+
+    See Also
+    --------
+    posenc.add_sinusoidal : The full description.
+    SinusoidalEmbedding : The same as a module.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
+       https://arxiv.org/abs/1706.03762
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> x = torch.zeros(2, 3, 4, requires_grad=True)
+    >>> y = posenc.torch.add_sinusoidal(x, scale=2.0)
+    >>> y.sum().backward()
+    >>> bool((x.grad == 2).all())
+    True
+    """
+    here = "add_sinusoidal"
+    scale = real_number(here, "scale", scale)
+    _check_data(here, x)
+    places = _places(here, positions, offset, cu_seqlens, padding_mask)
+    one_of(here, "layout", layout, _sinusoidal.LAYOUTS)
+    theta, shift = float(theta), float(downscale_freq_shift)
+    sines = Sines(scale, theta, layout, shift)
+    given = x, *places
+    if out is not None:
+        check_tensor(here, "out", out)
+        refuse_out(here, (out,), (x,))
+        write = _sinusoidal_out if _plain((*given, out)) else _ADD_SINUSOIDAL_OUT
+        write(*given, *sines, out)
+        return out
+    if transformed():
+        numbers, dtype = places.numbers(x), torch.promote_types(_own(x), torch.float32)
+        like = torch.zeros(x.shape[-2:], dtype=dtype)
+        like = like.expand(*numbers.shape[:-1], *x.shape[-2:])
+        rows = _ADD_SINUSOIDAL(like, numbers, None, None, None, 1.0,
+                               *sines[1:])  # fmt: skip
+        return _composed(x, rows, places, scale, _own(x))
+    if _need_gradients((x,)):
+        return _AddSinusoidal.apply(*given, *sines)
+    return (_sinusoidal_op if _plain(given) else _ADD_SINUSOIDAL)(*given, *sines)
+
+
+def add_learned(
+    x,
+    table,
+    *,
+    scale=1.0,
+    positions=None,
+    offset=None,
+    cu_seqlens=None,
+    padding_mask=None,
+    out=None,
+):
+    """
+    Scale data and add the rows of a learned table at their positions, differentiably.
+
+    The numbers are those of `posenc.add_learned`, bit for bit. The gradient of a row of
+    the table is the sum over the tokens that stand there. Under `torch.compile` the
+    call is one operator.
+
+    Parameters
+    ----------
+    x : torch.Tensor, shape (..., T, dim)
+        Token embeddings on the CPU: float64, float32, bfloat16 or float16, in any
+        memory layout.
+    table : torch.Tensor, shape (P, dim)
+        One row for each position.
+    scale, positions, offset, cu_seqlens, padding_mask : optional
+        As in `posenc.add_learned`; all but `scale` may be tensors.
+    out : torch.Tensor, optional
+        Where the result goes; it may be x itself. Without gradients only.
+
+    Returns
+    -------
+    torch.Tensor, shape (..., T, dim)
+        ``x * scale + table[positions]``, zero where padded; `out` if it was given.
+
+    Raises
+    ------
+    TypeError
+        If x or `table` is no tensor or neither on the CPU nor on meta, or `out` is
+        given where gradients are needed; and as `posenc.add_learned` does.
+    ValueError
+        As `posenc.add_learned` does.
+
+    See Also
+    --------
+    posenc.add_learned : The full description.
+    LearnedEmbedding : The same as a module.
+
+    References
+    ----------
+    .. [1] Gehring et al., "Convolutional Sequence to Sequence Learning", 2017, section
+       3.1. https://arxiv.org/abs/1705.03122
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> table = torch.zeros(4, 2, requires_grad=True)
+    >>> y = posenc.torch.add_learned(torch.ones(3, 2), table, positions=[0, 2, 2])
+    >>> y.sum().backward()
+    >>> table.grad[:, 0]
+    tensor([1., 0., 2., 0.])
+    """
+    here = "add_learned"
+    scale = real_number(here, "scale", scale)
+    _check_data(here, x)
+    check_tensor(here, "table", table)
+    places = _places(here, positions, offset, cu_seqlens, padding_mask)
+    given = x, table, *places
+    if out is not None:
+        check_tensor(here, "out", out)
+        refuse_out(here, (out,), (x, table))
+        write = _learned_out if _plain((*given, out)) else _ADD_LEARNED_OUT
+        write(*given, scale, out)
+        return out
+    if transformed():
+        rows = torch.nn.functional.embedding(places.numbers(x), table)
+        dtype = fresh(x[..., :0], table[:0], table[:0]).dtype
+        return _composed(x, rows, places, scale, dtype)
+    if _need_gradients((x, table)):
+        if x is table:  # which Dynamo does not take
+            given = x, table.view_as(table), *places
+        return _AddLearned.apply(*given, scale)
+    return (_learned_op if _plain(given) else _ADD_LEARNED)(*given, scale)
+
+
+# --- modules -------------------------------------------------------------------------
+
+
+class SinusoidalEmbedding(torch.nn.Module):
+    """
+    Adds the sinusoidal table of positions to token embeddings; it has no parameters.
+
+    Parameters
+    ----------
+    scale : float, default 1.0
+        Multiplies the embeddings, such as ``dim ** 0.5``.
+    theta : float, default 10000.0
+        Base of the frequencies.
+    layout : {'interleaved', 'concat', 'concat_flipped'}, default 'interleaved'
+        Where sines and cosines go, as in `posenc.sinusoidal`.
+    downscale_freq_shift : float, default 0.0
+        As in `posenc.sinusoidal`: 1 for the frequencies of tensor2tensor.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter is of the wrong kind or unknown.
+
+    See Also
+    --------
+    add_sinusoidal : The function.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
+       https://arxiv.org/abs/1706.03762
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> embed = posenc.torch.SinusoidalEmbedding(scale=64**0.5)
+    >>> x = torch.randn(2, 10, 64)
+    >>> last = embed(x[:, 9:], offset=9)  # a decode step
+    >>> torch.equal(last, embed(x)[:, 9:])
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        scale=1.0,
+        theta=10000.0,
+        layout="interleaved",
+        downscale_freq_shift=0.0,
+    ):
+        super().__init__()
+        here = "SinusoidalEmbedding"
+        one_of(here, "layout", layout, _sinusoidal.LAYOUTS)
+        rule = "be a positive number"
+        self.scale = real_number(here, "scale", scale)
+        self.theta = real_number(here, "theta", theta, rule, lambda value: value > 0)
+        self.layout = layout
+        self.downscale_freq_shift = real_number(
+            here, "downscale_freq_shift", downscale_freq_shift
+        )
+
+    def forward(
+        self, x, *, positions=None, offset=None, cu_seqlens=None, padding_mask=None
+    ):
+        """
+        Add the table.
+
+        Parameters
+        ----------
+        x : torch.Tensor, shape (..., T, dim)
+            Token embeddings.
+        positions, offset, cu_seqlens, padding_mask : optional
+            As in `posenc.add_sinusoidal`.
+
+        Returns
+        -------
+        torch.Tensor, shape (..., T, dim)
+            Embeddings that know their positions, zero where padded.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `add_sinusoidal` does.
+        """
+        return add_sinusoidal(
+            x,
+            scale=self.scale,
+            positions=positions,
+            offset=offset,
+            cu_seqlens=cu_seqlens,
+            padding_mask=padding_mask,
+            theta=self.theta,
+            layout=self.layout,
+            downscale_freq_shift=self.downscale_freq_shift,
+        )
+
+    def extra_repr(self):
+        """Return what `repr` shows between the brackets."""
+        return f"scale={self.scale}, theta={self.theta}, layout={self.layout!r}"
+
+
+class LearnedEmbedding(torch.nn.Module):
+    """
+    Adds a learned row for each position to token embeddings.
+
+    Parameters
+    ----------
+    n_position : int
+        Rows of the table.
+    dim : int
+        Channels.
+    scale : float, default 1.0
+        Multiplies the embeddings, such as ``dim ** 0.5``.
+    device : torch.device or str, optional
+        Where the table is made.
+    dtype : torch.dtype, optional
+        Dtype of the table.
+
+    Attributes
+    ----------
+    weight : torch.nn.Parameter, shape (n_position, dim)
+        The table, drawn from a normal distribution of deviation 0.02, as BERT's.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter is of the wrong kind or out of its range.
+
+    See Also
+    --------
+    add_learned : The function.
+    posenc.extend_table : Make a trained table longer.
+
+    References
+    ----------
+    .. [1] Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for
+       Language Understanding", 2018. https://arxiv.org/abs/1810.04805
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> embed = posenc.torch.LearnedEmbedding(512, 64)
+    >>> embed(torch.randn(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+    >>> embed.extended(1024)(torch.randn(1, 1024, 64)).shape
+    torch.Size([1, 1024, 64])
+    """
+
+    def __init__(self, n_position, dim, *, scale=1.0, device=None, dtype=None):
+        super().__init__()
+        here = "LearnedEmbedding"
+        n_position = whole_number(here, "n_position", n_position, 1)
+        dim = whole_number(here, "dim", dim, 1)
+        self.scale = real_number(here, "scale", scale)
+        table = torch.empty(n_position, dim, device=device, dtype=dtype)
+        self.weight = torch.nn.Parameter(table)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw the table anew."""
+        torch.nn.init.normal_(self.weight, std=0.02)
+
+    @classmethod
+    def from_table(cls, table, *, scale=1.0, freeze=False):
+        """
+        Return a module that holds a given table, such as a trained one.
+
+        Parameters
+        ----------
+        table : torch.Tensor, shape (n_position, dim)
+            The table; the module shares its memory.
+        scale : float, default 1.0
+            Multiplies the embeddings.
+        freeze : bool, default False
+            Let the table need no gradient.
+
+        Returns
+        -------
+        LearnedEmbedding
+            The module.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `table` is no tensor of that shape.
+        """
+        check_tensor("LearnedEmbedding", "table", table)
+        if table.ndim != 2:
+            rule, got = "be of shape (P, dim)", f"shape {tuple(table.shape)}"
+            raise ValueError(must("LearnedEmbedding", "table", rule, got))
+        made = cls(*table.shape, scale=scale, device="meta")
+        made.weight = torch.nn.Parameter(table.detach(), requires_grad=not freeze)
+        return made
+
+    def extended(self, length, *, method="hierarchical", alpha=0.4):
+        """
+        Return a module with a longer table.
+
+        Parameters
+        ----------
+        length : int
+            Rows to arrive at.
+        method, alpha : optional
+            As in `posenc.extend_table`.
+
+        Returns
+        -------
+        LearnedEmbedding
+            The module; this one stays as it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `posenc.extend_table` does.
+        """
+        table = _learned.extend_table(
+            self.weight.detach(), length, method=method, alpha=alpha
+        )
+        freeze = not self.weight.requires_grad
+        return self.from_table(table, scale=self.scale, freeze=freeze)
+
+    def forward(
+        self, x, *, positions=None, offset=None, cu_seqlens=None, padding_mask=None
+    ):
+        """
+        Add the rows of the table.
+
+        Parameters
+        ----------
+        x : torch.Tensor, shape (..., T, dim)
+            Token embeddings.
+        positions, offset, cu_seqlens, padding_mask : optional
+            As in `posenc.add_learned`.
+
+        Returns
+        -------
+        torch.Tensor, shape (..., T, dim)
+            Embeddings that know their positions, zero where padded.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `add_learned` does.
+        """
+        return add_learned(
+            x,
+            self.weight,
+            scale=self.scale,
+            positions=positions,
+            offset=offset,
+            cu_seqlens=cu_seqlens,
+            padding_mask=padding_mask,
+        )
+
+    def extra_repr(self):
+        """Return what `repr` shows between the brackets."""
+        n_position, dim = self.weight.shape
+        return f"{n_position}, {dim}, scale={self.scale}"

@@ -1,0 +1,208 @@
+"""Added tables for PyTorch: gradients, compilers and modules."""
+
+# SPDX-License-Identifier: BSD-3-Clause
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import posenc  # noqa: E402
+import posenc.torch as pt  # noqa: E402
+
+MASK = torch.tensor([[False] * 5, [False, False, False, True, True]])
+PLACES = [
+    {},
+    {"positions": torch.tensor([3, 0, 3, 1, 8])},
+    {"positions": torch.tensor([[3, 0, 3, 1, 8], [1, 1, 1, 1, 1]])},
+    {"offset": 2},
+    {"offset": torch.tensor([0, 4])},
+    {"cu_seqlens": torch.tensor([0, 2, 5])},
+    {"padding_mask": MASK},
+    {"padding_mask": MASK[1], "positions": torch.tensor([0, 0, 2, -1, -1])},
+]
+every_place = pytest.mark.parametrize("places", PLACES, ids=lambda p: "-".join(p))
+
+
+def data(*shape, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def numbers(places, n_token=5, n_batch=2):
+    """The position of each token, and which are padding."""
+    positions = torch.arange(n_token).expand(n_batch, n_token)
+    if "positions" in places:
+        positions = places["positions"].expand(n_batch, n_token)
+    if "offset" in places:
+        positions = positions + torch.as_tensor(places["offset"])[..., None]
+    if "cu_seqlens" in places:
+        positions = torch.tensor([0, 1, 0, 1, 2]).expand(n_batch, n_token)
+    hidden = places.get("padding_mask", torch.zeros(5, dtype=torch.bool))
+    return positions, hidden.expand(n_batch, n_token)
+
+
+def plain_sum(x, rows, scale, places):
+    """What they compute, by torch alone."""
+    positions, hidden = numbers(places)
+    rows = torch.nn.functional.embedding(positions.clamp(min=0), rows)
+    return (x * scale + rows).masked_fill(hidden[..., None], 0)
+
+
+@every_place
+@pytest.mark.parametrize("shape", [(2, 5, 6), (2, 3, 5, 6)])
+def test_values_and_gradients_are_those_of_torch(places, shape):
+    x, table, weight = data(*shape), data(9, 6, seed=1), data(*shape, seed=2).detach()
+
+    y = pt.add_learned(x, table, scale=3.0, **places)
+    got = torch.autograd.grad((y * weight).sum(), (x, table))
+    if len(shape) == 4:
+        want = torch.stack(
+            [plain_sum(x[:, h], table, 3.0, places) for h in range(3)], 1
+        )
+    else:
+        want = plain_sum(x, table, 3.0, places)
+    assert torch.equal(y, want)
+    for mine, theirs in zip(
+        got, torch.autograd.grad((want * weight).sum(), (x, table)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+    y = pt.add_sinusoidal(x, scale=3.0, **places)
+    (got,) = torch.autograd.grad((y * weight).sum(), x)
+    assert torch.equal(y, posenc.add_sinusoidal(x.detach(), scale=3.0, **places))
+    hidden = numbers(places)[1]
+    hidden = hidden[:, None, :, None] if len(shape) == 4 else hidden[..., None]
+    torch.testing.assert_close(got, (3.0 * weight).masked_fill(hidden, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_of_an_embedding_bit_for_bit(dtype):
+    x, table = data(2, 5, 6, dtype=dtype), data(9, 6, dtype=torch.float32, seed=1)
+    positions = torch.tensor([[3, 0, 3, 1, 8], [1, 1, 1, 1, 1]])
+    y = pt.add_learned(x, table, positions=positions)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.dtype == dtype
+    want = torch.bincount(positions.ravel(), minlength=9).float()
+    assert torch.equal(table.grad, want[:, None].expand(9, 6))
+
+
+def test_second_derivatives_and_gradcheck():
+    x, table = data(2, 5, 3), data(9, 3, seed=1)
+    options = {"scale": 2.0, "padding_mask": MASK}
+    both = torch.autograd.gradcheck, torch.autograd.gradgradcheck
+    for check in both:
+        assert check(lambda x: pt.add_sinusoidal(x, **options), (x,))
+        assert check(lambda x, t: pt.add_learned(x, t, **options), (x, table))
+
+
+def test_forward_mode_and_vmap():
+    x, table = data(4, 5, 6).detach(), data(9, 6, seed=1).detach()
+    _, tangent = torch.func.jvp(lambda x: pt.add_sinusoidal(x, scale=2.0), (x,), (x,))
+    torch.testing.assert_close(tangent, 2 * x)
+    whole = pt.add_learned(x, table)
+    each = torch.vmap(pt.add_learned, (0, None))(x, table)
+    torch.testing.assert_close(each, whole)
+    each = torch.vmap(pt.add_sinusoidal)(x)
+    torch.testing.assert_close(each, pt.add_sinusoidal(x))
+
+
+@every_place
+def test_one_operator_in_a_compiled_graph(places):
+    from torch_tools import Graphs
+
+    sines, learned = pt.SinusoidalEmbedding(scale=2.0), pt.LearnedEmbedding(9, 6)
+    x = data(2, 5, 6, dtype=torch.float32)
+    for module in (sines, learned):
+        torch._dynamo.reset()
+        graphs = Graphs()
+        compiled = torch.compile(module, fullgraph=True, backend=graphs)
+        with torch.no_grad():
+            assert torch.equal(compiled(x, **places), module(x, **places))
+        assert graphs.operators() == 1
+        compiled(x, **places).sum().backward()
+        got, x.grad = x.grad, None
+        module(x, **places).sum().backward()
+        assert torch.equal(got, x.grad)
+        x.grad = None
+
+
+def test_operators_keep_the_rules_of_torch():
+    x, table = data(2, 5, 6).detach(), data(9, 6, seed=1).detach()
+    none = (None, None, None)
+    for mask in (None, MASK):
+        torch.library.opcheck(
+            torch.ops.posenc.add_sinusoidal.default,
+            (x, *none, mask, 2.0, 10000.0, "concat", 0.0),
+        )
+        torch.library.opcheck(
+            torch.ops.posenc.add_learned.default, (x, table, *none, mask, 2.0)
+        )
+
+
+def test_out_without_gradients_only():
+    x, table = data(2, 5, 6), data(9, 6, seed=1)
+    out = torch.empty(2, 5, 6, dtype=torch.float64)
+    with pytest.raises(TypeError, match="out must be None where gradients"):
+        pt.add_learned(x, table, out=out)
+    with torch.no_grad():
+        assert pt.add_learned(x, table, out=out) is out
+        assert torch.equal(out, pt.add_learned(x, table))
+        assert pt.add_sinusoidal(x, out=out) is out
+        assert torch.equal(out, pt.add_sinusoidal(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: pt.add_sinusoidal([1.0]), "x must be a torch.Tensor; got list"),
+        (lambda: pt.add_learned(torch.ones(3), torch.ones(3, 1)), "x must have at"),
+        (lambda: pt.add_learned(torch.ones(3, 1), None), "table must be a torch.T"),
+        (
+            lambda: pt.add_learned(torch.ones(3, 1), data(2, 1)),
+            "x must lead to positions in .0, 2., the rows of table; got 2 for token 2",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), positions=[0] * 3, offset=1),
+            "positions must not be given together with offset; got both",
+        ),
+        (lambda: pt.SinusoidalEmbedding(theta=0), "theta must be a positive number"),
+        (lambda: pt.LearnedEmbedding(0, 4), "n_position must be a whole number of"),
+    ],
+)
+def test_errors(call, text):
+    with pytest.raises((TypeError, ValueError), match=text):
+        call()
+
+
+# --- modules -------------------------------------------------------------------------
+
+
+def test_a_learned_module_trains_extends_and_copies():
+    module = pt.LearnedEmbedding(8, 4, scale=2.0, dtype=torch.float64)
+    x = data(2, 8, 4)
+    module(x).square().sum().backward()
+    assert module.weight.grad.abs().sum() > 0
+    longer = module.extended(20)
+    assert longer.weight.shape == (20, 4)
+    assert torch.equal(longer(x), module(x))
+    assert longer.weight.requires_grad
+    again = copy.deepcopy(module)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), module(x))
+    frozen = pt.LearnedEmbedding.from_table(torch.ones(3, 4), freeze=True)
+    assert not frozen.weight.requires_grad
+    assert not frozen.extended(9).weight.requires_grad
+    assert "8, 4, scale=2.0" in repr(module)
+
+
+def test_a_sinusoidal_module_has_no_state():
+    module = pt.SinusoidalEmbedding(layout="concat", downscale_freq_shift=1)
+    assert not module.state_dict()
+    x = torch.randn(2, 5, 6)
+    want = posenc.sinusoidal(range(5), 6, layout="concat", downscale_freq_shift=1)
+    assert torch.equal(module(x), x + torch.from_numpy(want))
+    assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert "layout='concat'" in repr(module)
