@@ -30,4 +30,7 @@ extern PyMethodDef cope_attention_backward_methods[];
 /* The same of CoPE (cope_arrays.c). */
 extern PyMethodDef cope_methods[];
 
+/* The same of relative biases (bias_arrays.c). */
+extern PyMethodDef bias_methods[];
+
 #endif
