@@ -15,6 +15,9 @@ _GRADIENTS = {
     "rope_complex": " (posenc.torch.rope gives gradients)",
     "cope_bias": " (posenc.torch.cope_bias gives gradients)",
     "cope_attention": " (posenc.torch.cope_attention gives gradients)",
+    "t5_bias": " (posenc.torch.t5_bias gives gradients)",
+    "kerple_bias": " (posenc.torch.kerple_bias gives gradients)",
+    "fire_bias": " (posenc.torch.fire_bias gives gradients)",
 }
 
 

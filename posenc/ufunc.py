@@ -15,6 +15,8 @@ and checks, take torch tensors, and are faster on plain arrays.
 - ``cope_interpolate(z, positions)``, ``(p),(s)->(s)``: z between its entries
 - ``cope_bias(logits, z)``, ``(s),(p)->(s)``: the three in one pass; -inf logits hide
   a key
+- ``t5_bucket(relative_position, num_buckets, max_distance, bidirectional)``,
+  ``(),(),(),()->()``, elementwise: buckets, all int64
 
 The rotations take float32 and float64; and float16 and ml_dtypes' bfloat16 data with a
 float32 (complex64) table or, but for ``rope_complex``, one of their own type; so do
@@ -42,6 +44,7 @@ from ._core import (
     rope_complex,
     rope_half,
     rope_interleaved,
+    t5_bucket,
 )
 
 __all__ = [
@@ -53,4 +56,5 @@ __all__ = [
     "rope_complex",
     "rope_half",
     "rope_interleaved",
+    "t5_bucket",
 ]
