@@ -389,11 +389,7 @@ def kerple_bias(
     one_of(here, "kernel", kernel, KERNELS)
     first = parameters(here, "r1", r1, (None,))
     second = parameters(here, "r2", r2, (len(first),))
-    for name, values in (("r1", first), ("r2", second)):
-        _positive(here, name, values)
-    if kernel == "power" and (second > 2).any():
-        got = second[second > 2][0]
-        raise ValueError(must(here, "r2", "be at most 2 for kernel='power'", got))
+    check_kerple(here, first, second, kernel)
     q = positions_of(here, "q_positions", q_positions)
     k = positions_of(here, "k_positions", k_positions)
     a, b = (part.astype(np.float64)[:, None] for part in (first, second))
@@ -618,12 +614,15 @@ def check_buckets(
     return num_buckets, max_distance, bool(bidirectional)
 
 
-def _positive(function, name, values):
-    """Raise unless all numbers are positive and finite."""
-    is_bad = ~((values > 0) & (values < math.inf))
-    if is_bad.any():
-        rule = "hold positive finite numbers"
-        raise ValueError(must(function, name, rule, values[is_bad][0]))
+def check_kerple(function, r1, r2, kernel):
+    """Raise unless the numbers make a kernel."""
+    rule, most = "hold finite numbers above 0", math.inf
+    for name, values in (("r1", r1), ("r2", r2)):
+        if name == "r2" and kernel == "power":
+            rule, most = "hold numbers above 0 and of at most 2", 2.0
+        is_good = (values > 0) & np.isfinite(values) & (values <= most)
+        if not is_good.all():
+            raise ValueError(must(function, name, rule, values[~is_good][0]))
 
 
 def _layers(function, mlp):
