@@ -642,8 +642,15 @@ def _layers(function, mlp):
 
 
 def _network(layers, x):
-    """Run a network on numbers (n,); return (H, n)."""
+    """Run a network on numbers (n,); return (H, n).
+
+    Sums go in one order, which those of a matrix product would not for any n.
+    """
     x = x[None]
     for i, (weight, shift) in enumerate(layers):
-        x = weight @ (np.maximum(x, 0) if i else x) + shift[:, None]
+        inputs = np.maximum(x, 0) if i else x
+        x = np.zeros((len(shift), x.shape[-1]))
+        for column, row in zip(weight.T, inputs, strict=True):
+            x += column[:, None] * row
+        x += shift[:, None]
     return x
