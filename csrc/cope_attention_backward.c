@@ -29,8 +29,7 @@ typedef struct {
     size_t n_batch, n_group; /* units are (chunk, batch, group) */
     head_places q, k, v, gate_key, embedding, mask, out, grad_out;
     unit_places statistics, dq, dk, dv, dgate, dembedding;
-    char *scratch;
-    size_t scratch_size;
+    scratch_space scratch;
     atomic_size_t n_taken;
 } backward_job;
 
@@ -41,7 +40,7 @@ place_in(const unit_places *p, size_t unit)
 }
 
 static void
-run_unit(const backward_job *a, size_t unit, char *scratch)
+run_unit(const backward_job *a, size_t unit, void *scratch)
 {
     size_t n_pair = a->n_batch * a->n_group, pair = unit % n_pair;
     size_t head[N_HEAD_AXIS] = {pair / a->n_group, pair % a->n_group, 0};
@@ -72,7 +71,7 @@ static void
 run_part(void *job, int part, int Py_UNUSED(n_part))
 {
     backward_job *a = job;
-    char *scratch = a->scratch + (size_t)part * a->scratch_size;
+    void *scratch = scratch_of(&a->scratch, part);
     size_t n_unit = a->gradients.n_share * a->n_batch * a->n_group;
     for (;;) {
         size_t unit = atomic_fetch_add(&a->n_taken, 1);
@@ -94,19 +93,16 @@ run_backward(backward_job *job)
     }
     int real = job->shape.type == REAL_F64;
     size_t size = kernels->cope_attention[real].backward_scratch_size(&job->shape);
-    job->scratch_size = (size + 4095) / 4096 * 4096;
-    char *memory = PyMem_RawMalloc(job->scratch_size * (size_t)n_part + 64);
-    if (memory == NULL) {
+    if (!scratch_begin(&job->scratch, size, n_part)) {
         PyErr_NoMemory();
         return -1;
     }
-    job->scratch = memory + (0 - (size_t)(uintptr_t)memory) % 64;
     atomic_init(&job->n_taken, 0);
     NPY_BEGIN_THREADS_DEF;
     NPY_BEGIN_THREADS;
     parallel_run(run_part, job, n_part);
     NPY_END_THREADS;
-    PyMem_RawFree(memory);
+    scratch_end(&job->scratch);
     return 0;
 }
 

@@ -117,9 +117,10 @@ typedef struct {
  * (1 - w) z[floor p] + w z[ceil p] with w = p - floor p, and 0 for hidden keys.  What
  * lies at or left of a NaN gate is NaN but for hidden keys, as the quiet NaN.
  *
- * Float gates are within 2 ulp and enter the sum as multiples of 2^-45 (if
- * n_position <= 112; of twice that for each doubling), in double: their sums are exact,
- * so that their order does not matter.  Double gates are summed from the right.
+ * Gates of float and 16-bit logits enter the sum with more bits than a float has, as
+ * multiples of 2^-45 (if n_position <= 96; of twice that for each doubling), in double:
+ * their sums are exact, so that their order does not matter.  Gates of double are
+ * summed from the right.
  *
  * Golovneva et al., "Contextual Position Encoding", 2024, eqs. 3-5 and appendix B.
  */

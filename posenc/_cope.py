@@ -156,7 +156,7 @@ def cope_interpolate(z, positions, *, out=None):
     x, at = _real(here, "z", z, 1), _real(here, "positions", positions, 1)
     _check_positions(here, x)
     dtype, kind = _dtypes(x.dtype, at.dtype)
-    shape = _broadcast(here, "positions", at.shape[:-1], x.shape[:-1]) + at.shape[-1:]
+    shape = _broadcast(here, "positions", at, x.shape[:-1]) + at.shape[-1:]
     operands = x.astype(dtype, copy=False), at.astype(kind, copy=False)
     return _by_ufunc(_core.cope_interpolate, z, operands, shape, dtype, here, out)
 
@@ -220,9 +220,9 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
         p_j    = min(sum of gate_t for t >= j, P - 1)
         bias_j = (1 - w) * z[floor(p_j)] + w * z[ceil(p_j)],  w = p_j - floor(p_j)
 
-    Float32 and 16-bit gates are float32 numbers whose sums are exact, so the result is
-    the same bits on every processor and for any number of threads. NaN in a logit makes
-    its key and all to the left of it NaN, in its own row.
+    The gates of float32 and 16-bit logits are summed exactly, with more bits than
+    float32 has, so the result is the same bits on every processor and for any number of
+    threads. NaN in a logit makes its key and all to the left of it NaN, in its own row.
 
     References
     ----------
@@ -242,7 +242,8 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
 
     The last query alone, as with a cache, and the second key padding:
 
-    >>> posenc.cope_bias(np.zeros((1, 3)), [[0.0, 10.0, 40.0]], mask=[True, False, True])
+    >>> mask = [True, False, True]
+    >>> posenc.cope_bias(np.zeros((1, 3)), [[0.0, 10.0, 40.0]], mask=mask)
     array([[10.,  0.,  5.]])
     """
     here = "cope_bias"
@@ -250,7 +251,7 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
     x, table = _real(here, "logits", logits, 2), _real(here, "z", z, 1)
     _check_positions(here, table)
     seen = None if mask is None else _mask(here, mask)
-    rows = _broadcast(here, "z", table.shape[:-1], x.shape[:-1])
+    rows = _broadcast(here, "z", table, x.shape[:-1])
     if seen is not None:
         rows = _mask_rows(here, seen, rows, x.shape[-1])
     dtype, kind = _dtypes(x.dtype, table.dtype)
@@ -294,13 +295,13 @@ def _check_positions(function, z):
         raise ValueError(must(function, "z", rule, f"shape {z.shape}"))
 
 
-def _broadcast(function, name, shape, other):
-    """Return what both shapes are broadcast to; `name` is what does not fit."""
+def _broadcast(function, name, array, rows):
+    """Return what the leading axes of an array and `rows` are broadcast to."""
     try:
-        return np.broadcast_shapes(shape, other)
+        return np.broadcast_shapes(array.shape[:-1], rows)
     except ValueError:
-        rule = f"have leading axes that broadcast with {tuple(other)}"
-        raise ValueError(must(function, name, rule, f"{tuple(shape)}")) from None
+        rule = f"have leading axes that broadcast with {rows}"
+        raise ValueError(must(function, name, rule, f"shape {array.shape}")) from None
 
 
 def _mask_rows(function, mask, rows, n_key):
@@ -308,7 +309,7 @@ def _mask_rows(function, mask, rows, n_key):
     if mask.ndim and mask.shape[-1] not in (1, n_key):
         rule = f"broadcast to {(*rows, n_key)}"
         raise ValueError(must(function, "mask", rule, f"shape {mask.shape}"))
-    return _broadcast(function, "mask", mask.shape[:-1], rows)
+    return _broadcast(function, "mask", mask, rows)
 
 
 def _in_type(array, dtype):

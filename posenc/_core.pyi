@@ -4,6 +4,7 @@ from typing import Any, Final
 
 import numpy as np
 
+cope_attention: Final[np.ufunc]
 cope_bias: Final[np.ufunc]
 cope_gates: Final[np.ufunc]
 cope_interpolate: Final[np.ufunc]

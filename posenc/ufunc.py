@@ -15,6 +15,8 @@ and checks, take torch tensors, and are faster on plain arrays.
 - ``cope_interpolate(z, positions)``, ``(p),(s)->(s)``: z between its entries
 - ``cope_bias(logits, z)``, ``(s),(p)->(s)``: the three in one pass; -inf logits hide
   a key
+- ``cope_attention(q, k, v, position_embedding)``, ``(t,d),(s,d),(s,d),(d,p)->(t,d)``:
+  causal, scaled by ``d**-0.5``
 - ``t5_bucket(relative_position, num_buckets, max_distance, bidirectional)``,
   ``(),(),(),()->()``, elementwise: buckets, all int64
 
@@ -36,6 +38,7 @@ Examples
 
 # SPDX-License-Identifier: BSD-3-Clause
 from ._core import (
+    cope_attention,
     cope_bias,
     cope_gates,
     cope_interpolate,
@@ -48,6 +51,7 @@ from ._core import (
 )
 
 __all__ = [
+    "cope_attention",
     "cope_bias",
     "cope_gates",
     "cope_interpolate",

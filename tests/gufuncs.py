@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import reference
 from ml_dtypes import bfloat16
@@ -31,6 +32,7 @@ PLAIN = (FLOAT32, FLOAT64)
 SHORT_BY_FLOAT32 = (Types(np.float16, np.float32), Types(bfloat16, np.float32))
 SHORT_BY_OWN = (Types(np.float16, np.float16), Types(bfloat16, bfloat16))
 PLANAR = (*PLAIN, *SHORT_BY_FLOAT32, *SHORT_BY_OWN)
+SINGLE = (*PLAIN, *SHORT_BY_OWN)
 
 # NaN with a sign and a payload, infinities, zeros, subnormals, overflow.
 SPECIAL = {
@@ -84,6 +86,25 @@ def frequency(rng, shape, dtype):
     return (10.0 ** rng.uniform(-6, 0.5, shape)).astype(dtype)
 
 
+def contextual(rng, shape, dtype):
+    """Logits: ordinary ones, some that hide their key, some that are whole gates."""
+    values = rng.standard_normal(shape).astype(dtype)
+    values[rng.random(shape) < 0.1] = -np.inf
+    values[rng.random(shape) < 0.1] = 30
+    return values
+
+
+def between_positions(rng, shape, dtype):
+    """Some whole, some beyond the last, some negative."""
+    values = rng.uniform(-1, 12, shape)
+    return np.where(rng.random(shape) < 0.5, np.rint(values), values).astype(dtype)
+
+
+def position_count(rng, shape, dtype):
+    """Numbers of positions are float64 whatever the type of the gates."""
+    return rng.integers(1, 9, shape).astype(np.float64)
+
+
 def exactly(rotation):
     """Judge by bits: the reference tells what is rounded, and when."""
 
@@ -112,6 +133,85 @@ def within_table_ulp(results, operands):
                 assert error <= TABLE_ULP[cos.dtype], angle
 
 
+# In eps of the greatest number that goes into a result. Products, sums and what two ulp
+# of a gate move are a few; of 16 bits it is the one rounding, after float32.
+CLOSE = {np.float32: 4, np.float64: 8, np.float16: 0.51, bfloat16: 0.51}
+
+
+def computed_in(kind):
+    """The type in which results of a type are computed."""
+    return np.float64 if kind == np.float64 else np.float32
+
+
+def assert_close(got, want, size):
+    """Compare results with those of a reference; NaN is the one NaN."""
+    kind = got.dtype.type
+    assert got.shape == want.shape
+    with np.errstate(all="ignore"):
+        rounded = want.astype(kind)
+    is_nan = np.isnan(rounded.astype(float))
+    reference.same_bits(got[is_nan], np.full(is_nan.sum(), np.nan, kind))
+    is_far = np.isinf(rounded.astype(float))
+    reference.same_bits(got[is_far], rounded[is_far])
+    is_near = ~is_nan & ~is_far
+    info = ml_dtypes.finfo(kind)
+    size = np.maximum(size, float(info.tiny))[is_near]
+    error = np.abs(got[is_near].astype(np.longdouble) - want[is_near])
+    assert (error <= CLOSE[kind] * float(info.eps) * size).all()
+
+
+def closely(function):
+    """Judge by a reference that tells how large its terms are."""
+
+    def check(results, operands):
+        got = np.asarray(results[0])
+        with np.errstate(all="ignore"):
+            native = [op.astype(op.dtype.newbyteorder("=")) for op in operands]
+            native = [op.astype(float) for op in native]
+            want, size = function(*native, dtype=computed_in(got.dtype))
+        assert_close(got, want, size)
+
+    return check
+
+
+# Products of two numbers below it leave no type's range.
+MODERATE = 100.0
+
+
+def attention(results, operands):
+    """Judge closely the queries that read moderate numbers only.
+
+    A query reads its own row, the keys and values up to its own, and the embedding.
+    """
+    got = np.asarray(results[0])
+    with np.errstate(invalid="ignore"):
+        native = [op.astype(op.dtype.newbyteorder("=")) for op in operands]
+        native = [op.astype(float) for op in native]
+    is_calm = [np.abs(op) < MODERATE for op in native]  # a NaN is not
+    q, keys, values, embedding = (
+        calm.all((-2, -1) if name == "embedding" else -1)
+        for name, calm in zip(("q", "k", "v", "embedding"), is_calm, strict=True)
+    )
+    n_query, n_key = q.shape[-1], keys.shape[-1]
+    shape = np.broadcast_shapes(keys.shape, values.shape)
+    seen = np.ones((*shape[:-1], n_key + 1), bool)  # by how many keys are seen
+    seen[..., 1:] = np.logical_and.accumulate(keys & values, -1)
+    n_seen = np.maximum(np.arange(n_query) + 1 + n_key - n_query, 0)
+    is_judged = q & seen[..., n_seen] & embedding[..., None]
+    native = [np.where(ok, op, 0) for ok, op in zip(is_calm, native, strict=True)]
+    want, size = reference.cope_attention(*native, dtype=computed_in(got.dtype))
+    is_judged = np.broadcast_to(is_judged[..., None], want.shape)
+    assert got.shape == want.shape
+    assert_close(got[is_judged], want[is_judged], size[is_judged])
+
+
+def size_of(name, sizes):
+    """Size of a core dimension, given n and m; there is always a position."""
+    least = max(sizes.get("m", 1), 1)
+    named = {"s": sizes["n"], "t": sizes["n"], "d": sizes.get("m", 1), "p": least}
+    return {**named, **sizes}[name]
+
+
 @dataclass(frozen=True)
 class Spec:
     """What the contract suite must know about one gufunc."""
@@ -121,30 +221,44 @@ class Spec:
     check: Callable
     in_place: int  # the operand that `out` may be
     types: tuple[Types, ...]  # of its loops
+    data: int | None = None  # the operand whose type the results have; None: in_place
 
     @property
     def ufunc(self):
         return getattr(posenc.ufunc, self.name)
 
     @property
+    def signature(self):
+        """That of the gufunc; elementwise ones have none of their own."""
+        return self.ufunc.signature or "()->()"
+
+    @property
     def cores(self):
         """Names of the core dimensions, operand by operand, inputs first."""
-        groups = re.findall(r"\(([\w,]*)\)", self.ufunc.signature)
+        groups = re.findall(r"\(([\w,]*)\)", self.signature)
         return [tuple(filter(None, group.split(","))) for group in groups]
+
+    @property
+    def is_elementwise(self):
+        return self.ufunc.signature is None
+
+    def has_place(self, types):
+        """Whether `out` may be an operand: one has the type of the results."""
+        return self.data is None or types.data == types.table
 
     @property
     def one_output(self):
         """The signature up to its first output: Hypothesis reads no further."""
-        inputs, outputs = self.ufunc.signature.split("->")
+        inputs, outputs = self.signature.split("->")
         return f"{inputs}->{outputs.split('),')[0].rstrip(')')})"
 
     def operands(self, rng, loops, sizes, types):
         """Random operands with the given loop shapes and core sizes."""
         shapes = [
-            (*loop, *(sizes[name] for name in core))
+            (*loop, *(size_of(name, sizes) for name in core))
             for loop, core in zip(loops, self.cores, strict=False)
         ]
-        made = zip(self.makers, shapes, (types.data, *[types.table] * 2), strict=False)
+        made = zip(self.makers, shapes, (types.data, *[types.table] * 3), strict=False)
         return [make(rng, shape, dtype) for make, shape, dtype in made]
 
     def call(self, *operands, **options):
@@ -160,9 +274,9 @@ class Spec:
                 for op, core in zip(operands, self.cores, strict=False)
             )
         )
-        kind = operands[self.in_place].dtype
+        kind = operands[self.in_place if self.data is None else self.data].dtype
         return tuple(
-            np.full((*loops, *(sizes[name] for name in core)), 77, kind)
+            np.full((*loops, *(size_of(name, sizes) for name in core)), 77, kind)
             for core in self.cores[self.ufunc.nin :]
         )
 
@@ -185,6 +299,30 @@ SPECS = {
             0,
             (*PLAIN, *SHORT_BY_FLOAT32),
         ),
+        Spec("cope_gates", (contextual,), closely(reference.cope_gates), 0, SINGLE),
+        Spec(
+            "cope_positions",
+            (normal, position_count),
+            closely(reference.cope_positions),
+            0,
+            SINGLE,
+        ),
+        Spec(
+            "cope_interpolate",
+            (normal, between_positions),
+            closely(reference.cope_interpolate),
+            1,
+            PLANAR,
+            0,
+        ),
+        Spec(
+            "cope_bias",
+            (contextual, normal),
+            closely(reference.cope_bias),
+            0,
+            PLANAR,
+        ),
+        Spec("cope_attention", (normal,) * 4, attention, 0, SINGLE),
         Spec("cos_sin", (position, frequency), within_table_ulp, 1, PLAIN),
     )
 }

@@ -230,6 +230,95 @@ def extended_ulp(got, true):
     return np.abs(got - true) / np.ldexp(np.longdouble(1), exponent)
 
 
+# --- contextual positions ------------------------------------------------------------
+
+# Each returns, in long double, the result and how large the terms are that make it.
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in long double."""
+    with np.errstate(all="ignore"):
+        return 1 / (1 + np.exp(-np.asarray(x, np.longdouble)))
+
+
+def cope_gates(logits, dtype=np.float64):
+    """Golovneva et al., eq. 3."""
+    gates = sigmoid(logits)
+    return gates, gates
+
+
+def sums_from_right(x):
+    """x.flip(-1).cumsum(-1).flip(-1) of the paper's listing."""
+    return np.flip(np.flip(np.asarray(x, np.longdouble), -1).cumsum(-1), -1)
+
+
+def cope_positions(gates, n_position, dtype=np.float64):
+    """Golovneva et al., eq. 4, and the listing's clamp."""
+    with np.errstate(all="ignore"):
+        sums = sums_from_right(gates.astype(dtype))
+        if dtype == np.float64:  # a sum that leaves the doubles does not come back
+            is_out = np.abs(sums) > np.finfo(dtype).max
+            sums = np.where(is_out, np.sign(sums) * np.inf, sums)
+        sizes = sums_from_right(np.abs(gates))
+    positions = np.minimum(sums, np.asarray(n_position)[..., None] - 1)
+    return positions, np.broadcast_to(sizes, positions.shape)
+
+
+def cope_interpolate(z, positions, dtype=np.float64):
+    """Golovneva et al., eq. 5, as in the listing; at whole positions z alone."""
+    loops = np.broadcast_shapes(z.shape[:-1], positions.shape[:-1])
+    z = np.broadcast_to(z, (*loops, z.shape[-1])).astype(np.longdouble)
+    positions = np.broadcast_to(positions, (*loops, positions.shape[-1]))
+    at = np.clip(positions, 0, z.shape[-1] - 1)
+    is_nan = np.isnan(at)
+    at = np.where(is_nan, 0, at)
+    low, high = (np.take_along_axis(z, whole(at).astype(int), -1)
+                 for whole in (np.floor, np.ceil))  # fmt: skip
+    w = at - np.floor(at)
+    with np.errstate(invalid="ignore"):
+        between = np.where(w == 0, low, high * w + low * (1 - w))
+    return np.where(is_nan, np.nan, between), np.maximum(np.abs(low), np.abs(high))
+
+
+def cope_bias(logits, z, dtype=np.float64):
+    """Gates of the type computed in, and the steps above; -inf hides a key.
+
+    The size is what errors of the gates move z by: all of z for each gate.
+    """
+    gates = sigmoid(logits).astype(dtype)
+    sums = sums_from_right(gates)
+    bias, _ = cope_interpolate(z, np.asarray(sums), dtype)
+    with np.errstate(invalid="ignore"):
+        most = np.where(np.isfinite(z), np.abs(z), 0).max(-1, keepdims=True)
+    size = np.broadcast_to(most * (1 + sums_from_right(gates > 0)), bias.shape)
+    return np.where(np.broadcast_to(logits, bias.shape) == -np.inf, 0, bias), size
+
+
+def cope_attention(q, k, v, embedding, dtype=np.float64):
+    """Golovneva et al., eqs. 3 to 6, causal, scaled by 1 / sqrt(d), query by query.
+
+    The size is that of the values, times the terms that move the weights.
+    """
+    q, k, v, embedding = (np.asarray(x, np.longdouble) for x in (q, k, v, embedding))
+    n_query, n_key = q.shape[-2], k.shape[-2]
+    loops = np.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v, embedding)))
+    out = np.zeros((*loops, n_query, q.shape[-1]), np.longdouble)
+    size = np.zeros_like(out)
+    for i in range(max(n_query - n_key, 0), n_query):
+        seen = i + n_key - n_query + 1
+        query = q[..., i, None, :] / np.sqrt(np.longdouble(max(q.shape[-1], 1)))
+        logits = (query * k[..., :seen, :]).sum(-1)
+        z = (q[..., i, :, None] * embedding).sum(-2)
+        bias, bias_size = cope_bias(logits, z, dtype)
+        logits = logits + bias
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out[..., i, :] = (weights[..., None] * v[..., :seen, :]).sum(-2)
+        terms = np.abs(query * k[..., :seen, :]).sum(-1).max(-1) + bias_size.max(-1)
+        size[..., i, :] = np.abs(v[..., :seen, :]).max(-2) * (1 + terms[..., None])
+    return out, size
+
+
 # --- frequencies ---------------------------------------------------------------------
 
 

@@ -77,6 +77,36 @@ def table_digests():
     yield "table rows", posenc.rope_table(rows, 5e5 ** (-np.arange(50) / 50))
 
 
+def cope_digests():
+    """The bias by its fast door: causal or not, masked, past the caches; and back."""
+    rng = np.random.default_rng(5)
+    for types, n_position in product(PLANAR, (1, 5, 40, 64, 65, 100, 1500)):
+        for shape in ((2, 9, 70), (3, 300, 257)):
+            logits = 2 * rng.standard_normal(shape).astype("f")
+            logits = sprinkle(rng, logits.astype(types.data))
+            z = rng.standard_normal((*shape[:2], n_position)).astype(types.table)
+            mask = rng.random(shape) < 0.8
+            results = [
+                posenc.cope_bias(logits, z, **options)
+                for options in ({}, {"causal": False}, {"mask": mask})
+            ]
+            real = np.float64 if types.data == np.float64 else np.float32
+            dlogits, dz = np.empty(shape, real), np.empty(z.shape, real)
+            grad = np.ones(shape, types.data)
+            for given in (None, mask):
+                posenc._core.cope_bias_backward_arrays(
+                    logits, z, given, True, grad, dlogits, dz
+                )
+                results += [dlogits.copy(), dz.copy()]
+            yield f"cope {types} {n_position} {shape}", results
+    for dtype in (np.float32, np.float16):
+        logits = rng.standard_normal((3, 1024, 1024)).astype(dtype)
+        for n_position in (64, 128):
+            z = rng.standard_normal((3, 1024, n_position)).astype(dtype)
+            bias = posenc.cope_bias(logits, z)
+            yield f"large cope {np.dtype(dtype)} {n_position}", [bias]
+
+
 def roundings(types):
     """What there is to choose: for 16-bit data only, 'eager' differs."""
     return ("once",) if types in PLAIN else ("once", "eager")
@@ -150,6 +180,7 @@ def main():
     for name, digests in gufunc_digests():
         found[name] = "".join(digests)
     groups = table_digests(), rope_digests(), large_digests(), pattern_digests()
+    groups += (cope_digests(),)
     for name, arrays in chain(*groups):
         found[name] = digest(*arrays)
     print(json.dumps(found))
