@@ -197,7 +197,7 @@ def t5_bias(
     array([[[8., 0., 1.]]])
     """
     here = "t5_bias"
-    table = parameters(here, "weight", weight, (None, None))
+    table = parameters(here, "weight", weight, ("num_buckets", "H"))
     buckets = check_buckets(here, bidirectional, len(table), max_distance, "weight")
     q = positions_of(here, "q_positions", q_positions, whole=True)
     k = positions_of(here, "k_positions", k_positions, whole=True)
@@ -322,7 +322,7 @@ def alibi_bias(
     """
     here = "alibi_bias"
     true_or_false(here, "symmetric", symmetric)
-    own = parameters(here, "slopes", slopes, (None,))
+    own = parameters(here, "slopes", slopes, ("H",))
     q = positions_of(here, "q_positions", q_positions)
     k = positions_of(here, "k_positions", k_positions)
     wide = own.astype(np.float64)[:, None]
@@ -387,7 +387,7 @@ def kerple_bias(
     """
     here = "kerple_bias"
     one_of(here, "kernel", kernel, KERNELS)
-    first = parameters(here, "r1", r1, (None,))
+    first = parameters(here, "r1", r1, ("H",))
     second = parameters(here, "r2", r2, (len(first),))
     check_kerple(here, first, second, kernel)
     q = positions_of(here, "q_positions", q_positions)
@@ -607,9 +607,11 @@ def check_buckets(
     else:
         num_buckets = whole_number(function, parameter, num_buckets, least)
     exact = num_buckets // (4 if bidirectional else 2)
-    max_distance = whole_number(function, "max_distance", max_distance, exact + 1)
-    if max_distance > 2**53:
-        rule = "be a whole number of at most 2**53"
+    max_distance = whole_number(function, "max_distance", max_distance, 1)
+    if not exact < max_distance <= 2**53:
+        rule = f"be above {exact}, half of the buckets of a direction"
+        if max_distance > exact:
+            rule = "be at most 2**53"
         raise ValueError(must(function, "max_distance", rule, max_distance))
     return num_buckets, max_distance, bool(bidirectional)
 
@@ -627,15 +629,17 @@ def check_kerple(function, r1, r2, kernel):
 
 def _layers(function, mlp):
     """Return pairs of weight and bias that continue each other."""
-    rule = "be pairs of weight and bias"
-    if not isinstance(mlp, list | tuple) or not mlp:
-        got = type(mlp).__name__ if not isinstance(mlp, list | tuple) else repr(mlp)
+    if not isinstance(mlp, list | tuple):
+        rule, got = "be a list of pairs of weight and bias", type(mlp).__name__
         raise TypeError(must(function, "mlp", rule, got))
+    if not mlp:
+        raise ValueError(must(function, "mlp", "hold at least one layer", repr(mlp)))
     layers, n_in = [], 1
     for i, pair in enumerate(mlp):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise TypeError(must(function, f"mlp[{i}]", rule, type(pair).__name__))
-        weight = parameters(function, f"mlp[{i}][0]", pair[0], (None, n_in))
+            rule, got = "be a pair of weight and bias", type(pair).__name__
+            raise TypeError(must(function, f"mlp[{i}]", rule, got))
+        weight = parameters(function, f"mlp[{i}][0]", pair[0], ("n_out", n_in))
         n_in = len(weight)
         layers.append((weight, parameters(function, f"mlp[{i}][1]", pair[1], (n_in,))))
     return layers

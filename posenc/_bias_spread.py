@@ -13,7 +13,7 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_array
-from ._rope_check import _real_kind, _widest
+from ._rope_check import REAL_RULE, _real_kind, _widest
 
 # Elements that are evaluated at once where positions are not consecutive.
 _BLOCK = 1 << 18
@@ -37,19 +37,16 @@ class Bias(NamedTuple):
 
 
 def parameters(function, name, value, shape):
-    """Return numbers of one type and a shape, None where any size will do."""
+    """Return numbers of one type and a shape; axes of any size stand by their name."""
     array = np.asarray(as_array(function, name, value))
     _real_kind(function, name, array.dtype)
     fits = array.ndim == len(shape) and all(
-        want in (None, size) for size, want in zip(array.shape, shape, strict=True)
+        isinstance(want, str) or want == size
+        for size, want in zip(array.shape, shape, strict=True)
     )
-    if not fits or 0 in array.shape:
-        axes = ("H", "W")[: len(shape)]
-        named = (
-            a if want is None else want for a, want in zip(axes, shape, strict=True)
-        )
-        form = "(" + ", ".join(map(str, named)) + ("," if len(shape) == 1 else "") + ")"
-        rule = f"be of shape {form} and not empty"
+    if not fits or array.size == 0:
+        axes = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        rule = f"be of shape ({axes}) and not empty"
         raise ValueError(must(function, name, rule, f"shape {array.shape}"))
     return array.astype(_widest(array.dtype))  # a copy: `out` may lie in its memory
 
@@ -130,12 +127,11 @@ def _memory(bias, shape, add_to, out):
         is_tensor = tensors.is_tensor(add_to)
         logits = as_array(here, "add_to", add_to)
         dtype = logits.dtype
-        if not isinstance(logits, np.ndarray) or dtype.kind in "biu":
+        if not isinstance(logits, np.ndarray):
             got = type(add_to).__name__
-            if isinstance(logits, np.ndarray):
-                got = f"dtype {dtype}"
-            rule = "be an array of float16, bfloat16, float32 or float64"
-            raise TypeError(must(here, "add_to", rule, got))
+            raise TypeError(must(here, "add_to", "be a plain NumPy array", got))
+        if dtype.kind in "biu":
+            raise TypeError(must(here, "add_to", REAL_RULE, f"dtype {dtype}"))
         _real_kind(here, "add_to", dtype)
         if out is None:
             return (

@@ -22,6 +22,7 @@ from ._bias import t5_bias as plain_t5_bias
 from ._bias import t5_bucket as plain_t5_bucket
 from ._bias_spread import in_type
 from ._check import must, one_of, true_or_false, whole_number
+from ._rope_check import REAL_RULE
 from ._torch_check import as_tensor, check_tensor, refuse_out
 from ._torch_cope_ops import _register
 from ._torch_ops import _bare, _is_compiling, register, transformed, undisturbed
@@ -255,8 +256,7 @@ def _finish(function, make, dtype, add_to, out):
     if add_to is not None:
         if not add_to.is_floating_point():
             kind = str(add_to.dtype).removeprefix("torch.")
-            rule = "be an array of float16, bfloat16, float32 or float64"
-            raise TypeError(must(function, "add_to", rule, f"dtype {kind}"))
+            raise TypeError(must(function, "add_to", REAL_RULE, f"dtype {kind}"))
         bias = make(torch.promote_types(torch.float32, add_to.dtype))
         if out is None:
             return add_to.add_(bias)
@@ -352,7 +352,7 @@ def t5_bias(
             out=out,
         )
     if weight.dim() != 2:
-        rule = "be of shape (H, W) and not empty"
+        rule = "be of shape (num_buckets, H) and not empty"
         raise ValueError(must(here, "weight", rule, f"shape {tuple(weight.shape)}"))
     if not _is_compiling():
         check_buckets(here, bidirectional, weight.shape[0], max_distance, "weight")

@@ -375,6 +375,25 @@ def offsets(q_positions, k_positions):
     return np.array([[k - q for k in k_positions] for q in q_positions], float)
 
 
+def t5_bucket(offset, num_buckets, max_distance, bidirectional):
+    """Raffel et al., 2020: one offset by the recipe of transformers, in float32."""
+    bucket = 0
+    if bidirectional:
+        num_buckets //= 2
+        bucket = num_buckets if offset > 0 else 0
+        distance = abs(offset)
+    else:
+        distance = -min(offset, 0)
+    max_exact = num_buckets // 2
+    if distance < max_exact:
+        return bucket + distance
+    single = np.float32
+    log = single(math.log(single(distance) / single(max_exact)))
+    share = log / single(math.log(max_distance / max_exact))
+    large = max_exact + int(share * single(num_buckets - max_exact))
+    return bucket + min(large, num_buckets - 1)
+
+
 def alibi_slopes(n_head):
     """Press et al., 2022, footnote 8 to section 3: the authors' own recursion."""
 

@@ -3,10 +3,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import inspect
+import pickle
 
 import numpy as np
 import pytest
 import reference
+from gufuncs import lay_out
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import mutually_broadcastable_shapes
 from ml_dtypes import bfloat16
 
 import posenc
@@ -112,17 +117,137 @@ def test_buckets_go_where_they_are_asked_to():
     assert (x == want).all()
 
 
+# --- the contract of the gufunc ------------------------------------------------------
+
+NUMBERS = ((32, 128, True), (32, 128, False), (17, 60, True), (4, 5, False))
+
+
+def bucket_operands(rng, loops):
+    """Offsets of all sizes, and numbers of buckets from a few kinds."""
+    shapes = loops if len(loops) > 1 else loops * 4
+    offset = rng.integers(-300, 300, shapes[0])
+    columns = np.array(NUMBERS)[rng.integers(0, len(NUMBERS), 4), :]
+    kinds = [np.int64, np.int64, bool]
+    numbers = [
+        np.resize(columns[0, i], shape).astype(kind)
+        for i, (shape, kind) in enumerate(zip(shapes[1:], kinds, strict=True))
+    ]
+    return [offset, *numbers]
+
+
+def buckets_of(operands):
+    """What the reference says, element by element."""
+    operands = np.broadcast_arrays(*operands)
+    flat = zip(*(op.reshape(-1).tolist() for op in operands), strict=True)
+    found = [reference.t5_bucket(*numbers) for numbers in flat]
+    return np.array(found, np.int64).reshape(operands[0].shape)
+
+
 def test_gufunc_of_buckets_broadcasts_its_numbers():
     offset = np.arange(-300, 301)
-    numbers = [(32, 128, True), (32, 128, False), (16, 64, True)]
-    columns = [np.array(column)[:, None] for column in zip(*numbers, strict=True)]
+    columns = [np.array(column)[:, None] for column in zip(*NUMBERS, strict=True)]
     got = posenc.ufunc.t5_bucket(offset, *columns)
-    for row, (n, most, both) in zip(got, numbers, strict=True):
-        options = {"num_buckets": n, "max_distance": most, "bidirectional": both}
-        assert (row == posenc.t5_bucket(offset, **options)).all()
+    reference.same_bits(got, buckets_of([offset, *columns]))
     for bad in ((3, 128, True), (1, 128, False), (32, 8, True), (32, 16, False)):
         assert (posenc.ufunc.t5_bucket(offset, *bad) == -1).all()
     assert posenc.ufunc.t5_bucket([[1, 2]], 32, 128, True).shape == (1, 2)
+
+
+@given(data=st.data())
+def test_gufunc_of_buckets_in_any_memory(data):
+    shapes = data.draw(
+        mutually_broadcastable_shapes(num_shapes=4, max_dims=3, min_side=0, max_side=3)
+    ).input_shapes
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    operands = bucket_operands(rng, shapes)
+    want = buckets_of(operands)
+
+    def choose(options):
+        return data.draw(st.sampled_from(options))
+
+    operands = [lay_out(op, choose) for op in operands]
+    before = [op.tobytes() for op in operands]
+    reference.same_bits(posenc.ufunc.t5_bucket(*operands), want)
+    out = lay_out(np.zeros(want.shape, np.int64), choose)
+    out.flags.writeable = True
+    assert posenc.ufunc.t5_bucket(*operands, out=out) is out
+    reference.same_bits(np.asarray(out).astype(np.int64), want)
+    assert before == [op.tobytes() for op in operands]
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5, -1, -12])
+def test_gufunc_of_buckets_may_write_over_its_input(shift):
+    offset = np.random.default_rng(8).integers(-300, 300, 60)
+    want = buckets_of([offset, 32, 128, True])
+    memory = np.zeros(60 + abs(shift), np.int64)
+    low, high = memory[:60], memory[abs(shift) :]
+    source, target = (low, high) if shift > 0 else (high, low)
+    source[...] = offset
+    posenc.ufunc.t5_bucket(source, 32, 128, True, out=target)
+    reference.same_bits(target, want)
+    source = offset.copy()
+    posenc.ufunc.t5_bucket(source, 32, 128, True, out=source[::-1])
+    reference.same_bits(source[::-1], want)
+
+
+@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "?"])
+def test_gufunc_of_buckets_takes_whole_numbers(kind):
+    offset = np.arange(100).astype(kind)
+    got = posenc.ufunc.t5_bucket(offset, np.int32(32), np.int16(128), True)
+    reference.same_bits(got, buckets_of([offset.astype(int), 32, 128, True]))
+
+
+@pytest.mark.parametrize("kind", ["u8", "f4", "f8", "F", "O", "m8[s]", "U4", "g"])
+def test_gufunc_of_buckets_refuses_others(kind):
+    with pytest.raises(TypeError, match="t5_bucket"):
+        posenc.ufunc.t5_bucket(np.zeros(3, kind), 32, 128, True)
+
+
+class Listens:
+    """Takes part in NumPy's dispatch and remembers who called."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        return ufunc, method
+
+
+def test_gufunc_of_buckets_is_one():
+    ufunc = posenc.ufunc.t5_bucket
+    assert type(ufunc) is np.ufunc
+    assert (ufunc.nin, ufunc.nout, ufunc.signature) == (4, 1, None)
+    assert pickle.loads(pickle.dumps(ufunc)) is ufunc
+    assert ufunc(Listens(), 32, 128, True) == (ufunc, "__call__")
+
+
+def test_gufunc_of_buckets_with_any_number_of_threads():
+    offset = np.random.default_rng(9).integers(-999, 999, (7, 70_001))
+    columns = [np.resize(column, (7, 1)) for column in zip(*NUMBERS, strict=True)]
+    results = []
+    try:
+        for n in (1, 2, 5):
+            posenc.set_num_threads(n)
+            results.append(posenc.ufunc.t5_bucket(offset, *columns))
+            posenc.ufunc.t5_bucket(offset.T, *(c.T for c in columns))
+    finally:
+        posenc.set_num_threads(None)
+    for result in results[1:]:
+        reference.same_bits(result, results[0])
+
+
+def test_dask_chunks_the_buckets():
+    da = pytest.importorskip("dask.array")
+    offset = np.random.default_rng(9).integers(-999, 999, (8, 50))
+    chunked = da.from_array(offset, chunks=(4, 25))
+    want = posenc.t5_bucket(offset)
+    for result in (
+        posenc.ufunc.t5_bucket(chunked, 32, 128, True),
+        posenc.t5_bucket(chunked),
+    ):
+        assert isinstance(result, da.Array)
+        assert result.numblocks == (2, 2)
+        reference.same_bits(result.compute(), want)
+
+
+# --- T5 against transformers: the bias -----------------------------------------------
 
 
 @pytest.mark.parametrize("is_decoder", [False, True])
