@@ -17,8 +17,7 @@ from tqdm import tqdm
 import posenc
 
 from . import report
-from .cases import all_cases
-from .peers import PEERS
+from .cases import EVERYBODY, all_cases
 from .timing import held_on, measure, nested, threads
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 STORED = HERE / "results.json"
 LIBRARIES = (
     *("numpy", "torch", "transformers", "onnxruntime", "rotary-embedding-torch"),
-    *("numba", "jax", "mlx"),
+    *("numba", "jax", "mlx", "x-transformers"),
 )
 
 
@@ -118,9 +117,10 @@ def _parser():
     add("--rounds", type=int, default=15, help="rounds per row, at most")
     add("--budget", type=float, default=0.02, help="seconds per function and round")
     add("--only", default="", help="cases whose name contains this, such as ', 128,'")
-    add("--peers", default=",".join(PEERS), help="who takes part")
+    add("--peers", default=",".join(EVERYBODY), help="who takes part")
     add("--readme", action="store_true", help="write README's tables")
     add("--stored", action="store_true", help="measure nothing, use results.json")
+    add("--update", action="store_true", help="replace these cases in results.json")
     return parser
 
 
@@ -136,8 +136,8 @@ def _measured(parser, options):
     if min(numbers_of_threads) < 1:
         parser.error(f"--threads must be numbers of at least 1; got {options.threads}")
     peers = tuple(options.peers.split(","))
-    if unknown := set(peers) - set(PEERS):
-        parser.error(f"--peers must be of {', '.join(PEERS)}; got {min(unknown)!r}")
+    if unknown := set(peers) - set(EVERYBODY):
+        parser.error(f"--peers must be of {', '.join(EVERYBODY)}; got {min(unknown)!r}")
     cases = all_cases(peers)
     chosen = [case for case in cases if options.only in case[0]]
     if not chosen:
@@ -147,18 +147,35 @@ def _measured(parser, options):
     return {"machine": machine(), "records": records}
 
 
+def updated(stored, result):
+    """Return stored results with the cases of a run in their place, or at the end."""
+
+    def key(record):
+        return record["case"], record["threads"]
+
+    new = {key(record): record for record in result["records"]}
+    records = [new.pop(key(record), record) for record in stored["records"]]
+    cases = {case for case, _ in [*map(key, result["records"])]}
+    apart = sorted(set(stored.get("apart", [])) | cases)
+    records = [*records, *new.values()]
+    return {"machine": result["machine"], "apart": apart, "records": records}
+
+
 def main():
     """Parse the command line, measure, print and store."""
     parser = _parser()
     options = parser.parse_args()
     part = _is_part(parser, options)
-    if part and (options.readme or options.stored):
+    if part and not options.update and (options.readme or options.stored):
         parser.error("--readme and --stored must be for all cases, threads and peers")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if options.stored:
         result = json.loads(STORED.read_text())
     else:
         result = _measured(parser, options)
+    if options.update:
+        result = updated(json.loads(STORED.read_text()), result)
+        part = False
     print(report.results_page(result))
     if not part:
         STORED.write_text(json.dumps(result, indent=1) + "\n")

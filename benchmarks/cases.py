@@ -7,11 +7,15 @@ output: the roof.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
+import functools
+
 import numpy as np
 import torch
 
 import posenc
 
+from .cope import cope_cases
+from .cope_peers import COPE_PEERS, N_POSITION, Bias, between, counted
 from .models import model_cases
 from .peers import PEERS, complex_rotation, eager_function, name_of, prepare
 from .timing import Case, Run, nested
@@ -21,6 +25,7 @@ LENGTHS = (1, 128, 2048, 32768)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TABLE_LENGTH = 131072
 COPY = ("copy", "")
+EVERYBODY = tuple(dict.fromkeys((*PEERS, *COPE_PEERS)))
 
 
 def _compare(ours, theirs):
@@ -211,7 +216,31 @@ def weights():
     return _fixed("permute_layout (4096, 1024)", runs, error)
 
 
-def all_cases(peers=tuple(PEERS)):
+def cope_step(name, length=1024):
+    """Take one of the three steps that cope_bias takes at once."""
+    logits, z = Bias(length).operands
+    gates = torch.sigmoid(logits)
+    ours, theirs, operands = {
+        "cope_gates": (posenc.cope_gates, torch.sigmoid, [logits]),
+        "cope_positions": (
+            functools.partial(posenc.cope_positions, n_position=N_POSITION),
+            counted,
+            [gates],
+        ),
+        "cope_interpolate": (posenc.cope_interpolate, between, [z, counted(gates)]),
+    }[name]
+    out = torch.empty_like(logits)
+    runs = {
+        COPY: copies([out], [logits]),
+        ("posenc", "out given"): lambda: ours(*operands, out=out),
+        ("posenc", "fresh"): lambda: ours(*operands),
+        ("torch", "fresh"): lambda: theirs(*operands),
+    }
+    error = _compare([ours(*operands).numpy()], [theirs(*operands).numpy()])
+    return _fixed(f"{name}, {length}", runs, error, logits=logits.numel())
+
+
+def all_cases(peers=EVERYBODY):
     """Return pairs of a name and a function that makes the case.
 
     Made one by one: each holds much memory.
@@ -246,5 +275,10 @@ def all_cases(peers=tuple(PEERS)):
         ("rope_inv_freq", frequencies),
         ("rope_matrix", dense_matrix),
         ("permute_layout", weights),
+        *(
+            (step, functools.partial(cope_step, step))
+            for step in ("cope_gates", "cope_positions", "cope_interpolate")
+        ),
+        *cope_cases(peers),
         *model_cases(),
     ]

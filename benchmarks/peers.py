@@ -16,7 +16,7 @@ import torch
 import posenc
 
 from .timing import SPINNING, Run, can_pin
-from .work import HEAD_DIM, HEADS, KEY_HEADS, pairs_of, tokens_of
+from .work import HEAD_DIM, HEADS, KEY_HEADS, pairs_of
 
 THETA = 10000.0
 LONG = 32768  # tokens, at which a call of the slowest takes many seconds
@@ -63,10 +63,6 @@ def _read_heads_last(result, work):
 def _read_numpy(result, work):
     """Read NumPy arrays (1, heads, length, head_dim)."""
     return [x[0].swapaxes(0, 1)[work.checked].astype(np.float64) for x in result]
-
-
-def _read_torch(result, work):
-    return tokens_of(result, work.checked)
 
 
 # --- posenc --------------------------------------------------------------------------
@@ -427,15 +423,16 @@ def _reason(error):
     return text if isinstance(error, Gap) else f"{type(error).__name__}: {text}"
 
 
-def prepare(work, n_thread, chosen=tuple(PEERS)):
+def prepare(work, n_thread, chosen=tuple(PEERS), peers=PEERS):
     """Return the checked runs by (peer, mode), their errors, and why others lack."""
     runs, errors, gaps = {}, {}, {}
-    for peer in chosen:
+    for peer in (name for name in peers if name in chosen):
         try:
-            for mode, run in PEERS[peer](work, n_thread).items():
+            for mode, run in peers[peer](work, n_thread).items():
                 work.forget()
                 run.before()
-                found = (run.read or _read_torch)(run.call(), work)
+                result = run.call()
+                found = run.read(result, work) if run.read else work.read(result)
                 errors[peer, mode] = _checked(peer, work.error(found), work)
                 runs[peer, mode] = run
         except Exception as error:

@@ -1,11 +1,21 @@
 """What is made of the records: tables, the list of defeats, README's part."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+from .cope_peers import (
+    COPE_PEERS,
+    HEAD_DIM,
+    LISTING_ARRAYS,
+    LONG_ROUNDS,
+    OUR_ROUNDS,
+    THEIR_ROUNDS,
+)
 from .peers import PEERS, is_ours
 
 MODES = ("in place", "out given", "fresh")
 DOORS = ("posenc.torch", "posenc NumPy")  # in RESULTS.md only
 SHOWN = [peer for peer in PEERS if peer not in DOORS]
+SHOWN_COPE = [peer for peer in COPE_PEERS if peer not in DOORS]
+UNITS = {"pairs": "pair", "logits": "logit"}
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 DRAWN_LENGTH = 2048  # tokens; README shows two threads for these only
 
@@ -18,6 +28,11 @@ def in_group(records, group):
 def copy_of(record):
     """Return the seconds of the copy, or None."""
     return record["seconds"].get("copy", {}).get("")
+
+
+def plain_of(record):
+    """Return the seconds of attention without positions."""
+    return record["seconds"]["plain attention"]["fresh"]
 
 
 def contestants(record):
@@ -57,6 +72,26 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+ATTENTION = f"""\
+Attention with contextual positions (CoPE), eight heads of {HEAD_DIM} channels, causal,
+as a multiple of torch's `scaled_dot_product_attention` without positions in the same
+run: below 1 it costs less than attention that knows no positions. *Listing* is the
+paper's, and attention around it, in eager mode and under torch.compile;
+*x-transformers* its own module and attention. Errors are from the listing in float64,
+root mean square as a part of the result's, the worst of result and gradients. Posenc
+and plain attention take {OUR_ROUNDS} rounds or more, the others {THEIR_ROUNDS}, at 4096
+keys {LONG_ROUNDS}. Data are random: a row reaches the last of 64 positions after some
+130 keys. The keys before that cost more: the rows of 1024 positions have no others."""
+
+BIAS = """\
+What is added to the logits, alone, as a multiple of copying them; the listing's first
+product, of queries and embeddings, is in none but x-transformers' time:"""
+
+MEMORY = """\
+By how much memory grows at most meanwhile, results included, in float32. The listing
+was not run: it has {} arrays of shape (H, T, T) at once, {} with gradients."""
+MEMORY = MEMORY.format(*LISTING_ARRAYS.values())
+
 # --- README --------------------------------------------------------------------------
 
 
@@ -86,8 +121,8 @@ def _in_readme(record):
     )
 
 
-def _error_text(record):
-    errors = (record["errors"].get(p, {}) for p in ("posenc", "transformers"))
+def _error_text(record, other="transformers"):
+    errors = (record["errors"].get(p, {}) for p in ("posenc", other))
     return " / ".join(f"{max(e.values()):.0e}" if e else "-" for e in errors)
 
 
@@ -136,17 +171,66 @@ def model_table(records):
     return markdown(head, rows)
 
 
+def attention_table(records, peers):
+    """Return a table of attention: multiples of torch's without positions."""
+    chosen = in_group(records, "attention")
+    head = ["pass", "queries x keys", "positions", "type", "threads"]
+    head += ["plain attention", *peers, "error: posenc / listing"]
+    rows = [
+        [r["pass"], f"{r['queries']} x {r['keys']}", str(r["positions"]), r["dtype"]]
+        + [str(r["threads"]), time_text(plain_of(r))]
+        + [_attention_cell(r, peer, peers) for peer in peers]
+        + [_error_text(r, "listing")]
+        for r in sorted(chosen, key=lambda r: r["threads"])
+    ]
+    return markdown(head, rows)
+
+
+def _attention_cell(record, peer, peers):
+    """Return a multiple, in bold if it is below 1 and the least of those shown."""
+    seconds = record["seconds"].get(peer, {}).get("fresh")
+    if seconds is None:
+        return ""
+    text = ratio_text(seconds / plain_of(record))
+    is_first = seconds == fastest(record, "fresh", ("plain attention", *peers))
+    return f"**{text}**" if is_first else text
+
+
+def memory_table(records):
+    """Return a table of how much memory grows while attention runs."""
+    head = ["tokens", "pass", "posenc", "listing, by formula"]
+    rows = []
+    for record in in_group(records, "memory"):
+        for length, grown in record["bytes"].items():
+            array = 4 * record["heads"] * int(length) ** 2
+            for pass_, n_byte in grown.items():
+                listing = LISTING_ARRAYS[pass_] * array
+                rows.append([length, pass_, *map(memory_text, (n_byte, listing))])
+    return markdown(head, rows)
+
+
+def memory_text(n_byte):
+    """Return whole megabytes."""
+    return f"{n_byte / 1e6:,.0f} MB"
+
+
 def gaps(records):
     """Return a line per peer and reason why it has no number somewhere."""
     where = {}
-    for record in in_group(records, "rotation"):
-        for peer, reason in record["gaps"].items():
+    for record in records:
+        for peer, reason in record.get("gaps", {}).items():
             where.setdefault((peer, reason), []).append(record["case"])
-    n_record = len(in_group(records, "rotation"))
+    n_record = len(records)
     return [
         f"{peer}: {reason} ({len(cases)} of {n_record} rows)"
         for (peer, reason), cases in where.items()
     ]
+
+
+def all_gaps(records):
+    """Return the gaps of each group."""
+    groups = dict.fromkeys(record["group"] for record in records)
+    return [line for group in groups for line in gaps(in_group(records, group))]
 
 
 def losses(records):
@@ -189,14 +273,26 @@ def listed(lines):
     return "\n".join(f"- {line}" for line in lines) if lines else "None."
 
 
+def _empty_cells(records, group):
+    return "Empty cells:\n\n" + listed(gaps(in_group(records, group)))
+
+
 def readme_part(result):
     """Return what stands in README between the marks."""
     records = result["records"]
+    has_gaps = bool(gaps(in_group(records, "attention")))
     return "\n\n".join(
         [
             "![Time of a rotation as a multiple of a copy](benchmarks/speed.png)",
             rotation_table(records),
-            "Empty cells:\n\n" + listed(gaps(records)),
+            _empty_cells(records, "rotation"),
+            ATTENTION,
+            attention_table(records, SHOWN_COPE),
+            *([_empty_cells(records, "attention")] * has_gaps),
+            BIAS,
+            other_table([r for r in records if r["case"].startswith("cope_bias")]),
+            MEMORY,
+            memory_table(records),
             "Whole models, random weights, batch of one:",
             model_table(records),
             f"Taken on: {facts(result['machine'])}.",
@@ -260,11 +356,10 @@ def _rotation_sections(records):
 
 
 def other_table(records):
-    """Return the table of everything that is not the rotation of q and k."""
-    chosen = in_group(records, "other")
+    """Return a table of functions other than the rotation of q and k."""
     head = ["case", "threads", "copy", "posenc", "others", "error"]
     rows = []
-    for r in chosen:
+    for r in records:
         ours, theirs = (
             "; ".join(
                 f"{'' if peer == 'posenc' else peer + ' '}{mode} {_other_text(r, s)}"
@@ -282,8 +377,9 @@ def other_table(records):
 def _other_text(record, seconds):
     copy = copy_of(record)
     text = ratio_text(seconds / copy) if copy else time_text(seconds)
-    if "pairs" in record:
-        text += f" ({seconds / record['pairs'] * 1e9:.2f} ns/pair)"
+    for many, one in UNITS.items():
+        if many in record:
+            text += f" ({seconds / record[many] * 1e9:.2f} ns/{one})"
     return text
 
 
@@ -302,10 +398,17 @@ def results_page(result):
     parts = [HEADER]
     if in_group(records, "rotation"):
         parts += _rotation_sections(records)
-    if in_group(records, "other"):
-        parts += ["## Other functions", other_table(records)]
+    if others := in_group(records, "other"):
+        parts += ["## Other functions", other_table(others)]
+    if in_group(records, "attention"):
+        parts += ["## Attention with contextual positions", ATTENTION]
+        parts += [attention_table(records, COPE_PEERS)]
+    if in_group(records, "memory"):
+        parts += [MEMORY, memory_table(records)]
     if in_group(records, "model"):
         parts += ["## Whole models", model_table(records)]
     parts += ["## Where posenc is not the first", listed(losses(records))]
-    parts += ["## Who has no number, and why", listed(gaps(records))]
+    parts += ["## Who has no number, and why", listed(all_gaps(records))]
+    if apart := result.get("apart"):
+        parts += [f"Measured in runs of their own: {'; '.join(apart)}."]
     return "\n\n".join([*parts, f"Taken on: {facts(result['machine'])}.\n"])

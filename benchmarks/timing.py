@@ -28,6 +28,7 @@ class Run:
     before: Callable = _nothing
     after: Callable = _nothing
     read: Callable | None = None  # from what the call returned to NumPy arrays
+    least_rounds: int = 1  # however long they take
 
 
 @dataclass
@@ -79,7 +80,8 @@ def measure(runs, rounds, budget, least_rounds=1):
     try:
         for n_done in range(rounds):
             for name, run in runs.items():
-                if n_done >= least_rounds and spent[name] > rounds * budget:
+                least = max(least_rounds, run.least_rounds)
+                if n_done >= least and spent[name] > rounds * budget:
                     continue
                 run.before()
                 time.sleep(SETTLE)

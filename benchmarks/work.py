@@ -97,6 +97,10 @@ class Work:
             to.fill_(torch.nan)
         self.reset()
 
+    def read(self, result):
+        """Return what is checked of a result, as float64 arrays."""
+        return tokens_of(result, self.checked)
+
     def error(self, found):
         """Return the largest difference from the rotation in float64."""
         pairs = zip(found, self.expected, strict=True)

@@ -511,7 +511,7 @@ static gufunc_entry gufuncs[] = {
                "https://arxiv.org/abs/2405.18719\n\n"
                "Examples\n--------\n"
                ">>> from posenc import ufunc\n"
-               ">>> ufunc.cope_gates([0.0, -np.inf])\n"
+               ">>> ufunc.cope_gates([0.0, float('-inf')])\n"
                "array([0.5, 0. ])\n",
         .nin = 1,
         .nout = 1,
@@ -591,7 +591,7 @@ static gufunc_entry gufuncs[] = {
             "https://arxiv.org/abs/2405.18719\n\n"
             "Examples\n--------\n"
             ">>> from posenc import ufunc\n"
-            ">>> ufunc.cope_bias([0.0, 0.0, -np.inf], [0.0, 10.0])\n"
+            ">>> ufunc.cope_bias([0.0, 0.0, float('-inf')], [0.0, 10.0])\n"
             "array([10.,  5.,  0.])\n",
         .nin = 2,
         .nout = 1,

@@ -325,6 +325,8 @@ class KVCache:
 
         Raises
         ------
+        TypeError
+            If one is no tensor.
         ValueError
             If tensors differ from earlier ones in number, dtype or shape, but for T.
         """
@@ -344,14 +346,16 @@ class KVCache:
 
     def _check(self, new):
         """Raise unless new tensors continue those in memory."""
+        for tensor in new:
+            check_tensor("KVCache", "new", tensor)
         kinds = [(t.dtype, (*t.shape[:-2], "T", t.shape[-1])) for t in new]
         old = [(t.dtype, (*t.shape[:-2], "T", t.shape[-1])) for t in self._memory]
         if len({t.shape[-2] for t in new}) != 1:
             rule = "be tensors of one number of tokens"
             got = [tuple(t.shape) for t in new]
-            raise ValueError(must("append", "new", rule, got))
+            raise ValueError(must("KVCache", "new", rule, got))
         if self._memory and kinds != old:
-            raise ValueError(must("append", "new", f"continue {old}", kinds))
+            raise ValueError(must("KVCache", "new", f"continue {old}", kinds))
 
     def _reserve(self, new, n_token):
         """Make room for so many tokens."""
@@ -516,7 +520,9 @@ class CoPEAttention(torch.nn.Module):
 
         Raises
         ------
-        TypeError, ValueError
+        TypeError
+            If `mask` or `cache` is of the wrong kind.
+        ValueError
             If `mask` does not fit, or x does not continue the cache.
         """
         q = _split(self.q_proj(x), self.num_heads)
@@ -525,6 +531,9 @@ class CoPEAttention(torch.nn.Module):
             projections.append(self.gate_proj)
         keys = [_split(project(x), self.num_kv_heads) for project in projections]
         if cache is not None:
+            if not isinstance(cache, KVCache):
+                got = type(cache).__name__
+                raise TypeError(must("CoPEAttention", "cache", "be a KVCache", got))
             keys = cache.append(*keys)
         gate_key = {"key": None, "value": keys[1], "gate_key": keys[-1]}[self.gates]
         out = cope_attention(

@@ -12,6 +12,7 @@ import torch
 from . import _core
 from . import _tensors as tensors
 from ._check import must
+from ._cope import cope_bias as plain_cope_bias
 from ._cope_attention import cope_attention as plain_cope_attention
 from ._cope_attention import in_type, prepare, sizes_of, sum_to
 from ._rope_check import _dtypes
@@ -274,8 +275,6 @@ def _second_derivative(function):
 
 def _bias(logits, z, mask, causal, out=None):
     logits, z, mask = _bares((logits, z, mask))
-    from ._cope import cope_bias as plain_cope_bias
-
     return plain_cope_bias(logits, z, causal=causal, mask=mask, out=out)
 
 

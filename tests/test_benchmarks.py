@@ -2,6 +2,8 @@
 
 # SPDX-License-Identifier: BSD-3-Clause
 
+import functools
+import operator
 import sys
 
 import pytest
@@ -9,12 +11,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from benchmarks import peers, report  # noqa: E402
-from benchmarks.cases import rotation  # noqa: E402
+import cope_listing  # noqa: E402
+
+from benchmarks import cope, cope_peers, memory, peers, report  # noqa: E402
+from benchmarks.__main__ import updated  # noqa: E402
+from benchmarks.cases import all_cases, cope_step, rotation  # noqa: E402
 from benchmarks.timing import Run, measure, nested  # noqa: E402
 from benchmarks.work import Work  # noqa: E402
 
 CHEAP = ("posenc", "posenc eager", "transformers", "complex form")
+ATTENDING = ("posenc", "posenc.torch", "listing")
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -69,6 +75,81 @@ def test_a_missing_library_is_a_gap(monkeypatch, peer, library):
     assert gaps[peer].startswith("not installed")
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_query", "n_key"), [(40, 40), (1, 40), (3, 5)])
+def test_attention_passes_its_check(n_query, n_key, dtype, backward):
+    case = cope.attention(n_query, n_key, dtype, ATTENDING, 6, backward)
+    with torch.no_grad():
+        runs, facts = case.prepare(1)
+    assert facts["gaps"] == {}
+    attending = {"plain attention", *ATTENDING} - (
+        {"posenc.torch"} if backward else set()
+    )
+    assert set(runs) == {(peer, "fresh") for peer in attending}
+    results = runs["posenc", "fresh"].call()
+    assert len(results) == (5 if backward else 1)
+
+
+def test_the_listing_that_is_timed_is_the_one_of_the_tests():
+    work = cope_peers.Attention(7, 20, torch.float64, 6)
+    ours = cope_peers.listing_attention(*work.operands, work.hidden)
+    assert torch.equal(ours, cope_listing.attention(*work.operands))
+    assert torch.allclose(ours, work.expected[0])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_bias_passes_its_check(backward):
+    runs, facts = cope.bias(40, ATTENDING, backward).prepare(1)
+    assert facts["gaps"] == {}
+    assert {peer for peer, _ in runs} == {"copy", "posenc", "listing"}
+
+
+@pytest.mark.parametrize("name", ["cope_gates", "cope_positions", "cope_interpolate"])
+def test_the_steps_of_cope_agree_with_torch(name):
+    runs, facts = cope_step(name, 40).prepare(1)
+    assert ("posenc", "out given") in runs
+    assert facts["error"] == "same bits" or float(facts["error"]) < 1e-5
+
+
+def test_wrong_attention_gets_no_time(monkeypatch):
+    def without_positions(work, n_thread):
+        return {"fresh": cope_peers.plain(work)}
+
+    monkeypatch.setitem(cope_peers.COPE_PEERS, "wrong", without_positions)
+    case = cope.attention(40, 40, torch.float32, ("wrong",))
+    with torch.no_grad():
+        runs, facts = case.prepare(1)
+    assert ("wrong", "fresh") not in runs
+    assert facts["gaps"]["wrong"].startswith("off by")
+
+
+def test_missing_x_transformers_is_a_gap(monkeypatch):
+    monkeypatch.setitem(sys.modules, "x_transformers.attend", None)
+    case = cope.attention(5, 5, torch.float32, ("x-transformers",))
+    _, facts = case.prepare(1)
+    assert facts["gaps"]["x-transformers"].startswith("not installed")
+
+
+@pytest.mark.skipif(not memory.can_measure(), reason="needs Linux")
+def test_memory_is_what_a_call_takes():
+    n_byte = 10**8
+    grown = memory.growth(functools.partial, operator.mul, b"x", n_byte)
+    assert 0.9 * n_byte < grown < 1.1 * n_byte  # the system counts roughly
+
+
+def test_every_case_has_a_name_of_its_own():
+    names = [name for name, _ in all_cases()]
+    assert len(set(names)) == len(names)
+
+
+def test_what_is_slow_takes_the_rounds_it_must():
+    seen = []
+    runs = {n: Run(functools.partial(seen.append, n), least_rounds=n) for n in (1, 3)}
+    measure(runs, rounds=5, budget=0)
+    assert [seen.count(n) for n in runs] == [1, 3]
+
+
 def test_every_round_restores_what_is_rotated_in_place():
     seen = []
     run = Run(lambda: seen.append("call"), before=lambda: seen.append("before"))
@@ -109,9 +190,65 @@ def test_tables_mark_the_fastest_and_name_the_gaps():
     assert "| posenc, fresh | **0.50 (1.00 µs)** |" in page
 
 
+def attention_record(**seconds):
+    """A row of attention with times in seconds by peer; plain attention takes one."""
+    times = {"plain attention": 1.0, **seconds}
+    return {
+        "case": "cope_attention forward, float32, 8 x 8, P=4",
+        "group": "attention",
+        "threads": 1,
+        "pass": "forward",
+        "queries": 8,
+        "keys": 8,
+        "positions": 4,
+        "dtype": "float32",
+        "errors": {"posenc": {"fresh": 1e-7}, "listing": {"fresh": 2e-7}},
+        "gaps": {"x-transformers": "not installed"},
+        "seconds": nested({(peer, "fresh"): s for peer, s in times.items()}),
+    }
+
+
+def test_attention_is_shown_as_a_multiple_of_plain_attention():
+    row = attention_record(posenc=0.75, listing=25.0)
+    table = report.attention_table([row], ["posenc", "listing", "x-transformers"])
+    assert table.endswith("| 1000.00 ms | **0.75** | 25 |  | 1e-07 / 2e-07 |")
+    page = report.results_page({"machine": {}, "records": [row]})
+    gap = "- x-transformers: not installed (1 of 1 rows)"
+    assert gap in page
+    assert gap in report.readme_part({"machine": {}, "records": [row]})
+
+
+def test_attention_slower_than_without_positions_is_a_defeat():
+    (line,) = report.losses([attention_record(posenc=1.25)])
+    assert "plain attention is 1.25 times as fast" in line
+
+
+def test_memory_of_the_listing_is_a_formula():
+    grown = {"1024": {"forward": 2_500_000, "forward + backward": 9_900_000}}
+    row = {"group": "memory", "heads": 8, "bytes": grown}
+    table = report.memory_table([row])
+    assert "| 1024 | forward | 2 MB | 403 MB |" in table
+    assert "| 1024 | forward + backward | 10 MB | 503 MB |" in table
+
+
 def test_nobody_passes_with_what_another_left():
     work = Work(5, torch.float32, "half")
     posenc_runs = peers.PEERS["posenc"](work, 1)
     posenc_runs["out given"].call()
     work.forget()
-    assert not work.error(peers.tokens_of(work.out, work.checked)) <= 1
+    assert not work.error(work.read(work.out)) <= 1
+
+
+def test_an_update_replaces_its_cases_and_says_so():
+    def record(case, threads, value):
+        return {"case": case, "threads": threads, "value": value}
+
+    stored = {"machine": {}, "records": [record("a", 1, 0), record("b", 1, 0)]}
+    new = {
+        "machine": {"date": "now"},
+        "records": [record("a", 1, 1), record("c", 2, 1)],
+    }
+    result = updated(stored, new)
+    values = [(r["case"], r["value"]) for r in result["records"]]
+    assert values == [("a", 1), ("b", 0), ("c", 1)]
+    assert (result["apart"], result["machine"]) == (["a", "c"], new["machine"])

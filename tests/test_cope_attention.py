@@ -464,6 +464,23 @@ def test_bad_keys_and_values_reach_only_who_sees_them(where, bad, dtype):
             assert np.isnan(ours[sees].astype(np.float32)).any(-1).all()
 
 
+@pytest.mark.parametrize("where", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, bfloat16])
+def test_bad_padding_reaches_nobody(where, dtype):
+    """Padding of whole tiles, which no query of a block sees."""
+    given = list(operands((2, 4, 2, 70, 200, 16, 8), dtype=dtype, gate_key=True))
+    for n_query in (70, 1):
+        given[0] = given[0][:, :, :n_query]
+        for hidden in (slice(100, 200), slice(100)):
+            mask = np.ones((2, 1, 1, 200), bool)
+            mask[1, ..., hidden] = False
+            theirs = call(given, mask=mask)
+            changed = list(given)
+            changed[where] = given[where].copy()
+            changed[where][1, :, hidden] = np.nan
+            assert (call(changed, mask=mask) == theirs).all()
+
+
 def test_large_logits_do_not_overflow():
     q, k, v, embedding, _ = operands(SIZES["64 channels"], dtype=np.float32)
     for factor in (1e2, 1e4, 1e15):
