@@ -105,12 +105,16 @@ def _result_shape(bias, q, k, add_to):
     if add_to is None:
         return (*lead, *own)
     shape = tuple(getattr(add_to, "shape", np.shape(add_to)))
-    if shape[-3:] == own and _broadcasts_to(lead, shape[:-3]):
-        return shape
-    rule = f"be of shape (..., H, T, S) = {('...', *lead, *own)}".replace(
-        "'...'", "..."
-    )
-    raise ValueError(must(bias.function, "add_to", rule, f"shape {shape}"))
+    check_logits(bias.function, shape, lead, own)
+    return shape
+
+
+def check_logits(function, shape, lead, own):
+    """Raise unless a bias (*lead, *own), own being (H, T, S), goes to a shape."""
+    if shape[-3:] != own or not _broadcasts_to(lead, shape[:-3]):
+        axes = ", ".join(map(str, ("...", *lead, *own)))
+        rule = f"be of shape (..., H, T, S) = ({axes})"
+        raise ValueError(must(function, "add_to", rule, f"shape {shape}"))
 
 
 def _broadcasts_to(shape, whole):

@@ -20,7 +20,7 @@ from ._bias import fire_bias as plain_fire_bias
 from ._bias import kerple_bias as plain_kerple_bias
 from ._bias import t5_bias as plain_t5_bias
 from ._bias import t5_bucket as plain_t5_bucket
-from ._bias_spread import in_type
+from ._bias_spread import check_logits, in_type
 from ._check import must, one_of, true_or_false, whole_number
 from ._rope_check import REAL_RULE
 from ._torch_check import as_tensor, check_tensor, refuse_out
@@ -258,8 +258,12 @@ def _finish(function, make, dtype, add_to, out):
             kind = str(add_to.dtype).removeprefix("torch.")
             raise TypeError(must(function, "add_to", REAL_RULE, f"dtype {kind}"))
         bias = make(torch.promote_types(torch.float32, add_to.dtype))
+        if not _is_compiling():
+            shape = tuple(bias.shape)
+            check_logits(function, tuple(add_to.shape), shape[:-3], shape[-3:])
         if out is None:
-            return add_to.add_(bias)
+            # Expanded, so that gradients of 16 bits are summed over batches as these.
+            return add_to.add_(bias.expand_as(add_to))
         return out.copy_(add_to + bias)
     bias = make(dtype)
     return bias if out is None else out.copy_(bias)
