@@ -103,14 +103,6 @@ class _Spread(torch.autograd.Function):
         return _Collect.apply(grad), None, None
 
 
-class _ForwardSpread(_Spread):
-    """With forward mode, which Dynamo does not follow."""
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return _ForwardSpread.apply(tangent, ctx.n_query, ctx.dtype)
-
-
 class _Collect(torch.autograd.Function):
     """Sums along the diagonals of (..., T, S), in float64."""
 
@@ -127,6 +119,30 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _Spread.apply(grad, ctx.n_query, ctx.dtype)
+
+
+class _ForwardSpread(_Spread):
+    """With forward mode, which Dynamo does not follow."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _ForwardCollect.apply(grad), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _ForwardSpread.apply(tangent, ctx.n_query, ctx.dtype)
+
+
+class _ForwardCollect(_Collect):
+    """The same of the sums."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _ForwardSpread.apply(grad, ctx.n_query, ctx.dtype)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return _ForwardCollect.apply(tangent)
 
 
 # --- positions -----------------------------------------------------------------------
@@ -215,6 +231,8 @@ def _plain(given, add_to, out):
     if not undisturbed():
         return False
     given = [t for t in (*given, add_to, out) if t is not None]
+    if any(t.is_meta for t in given):
+        return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
 
 
@@ -363,6 +381,7 @@ def t5_bias(
     grid = _grid(here, q_positions, k_positions, whole=True)
 
     def evaluate(offsets):
+        offsets = offsets.to(weight.device)
         buckets = _BUCKET(offsets, weight.shape[0], max_distance, bidirectional)
         values = torch.nn.functional.embedding(buckets, weight.double())
         return values.movedim(-1, 0)
@@ -447,6 +466,7 @@ def _linear(slopes, grid, symmetric, dtype):
     """Return the linear biases of a grid in a dtype."""
 
     def evaluate(offsets):
+        offsets = offsets.to(slopes.device)
         offsets = -offsets.abs() if symmetric else offsets
         return _per_head(slopes, offsets) * offsets + 0.0
 
@@ -510,12 +530,12 @@ def kerple_bias(
         )
     if not _is_compiling():
         one_of(here, "kernel", kernel, KERNELS)
-    if undisturbed():
+    if undisturbed() and not (r1.is_meta or r2.is_meta):
         check_kerple(here, *(_doubles(part) for part in (r1, r2)), kernel)
     grid = _grid(here, q_positions, k_positions)
 
     def evaluate(offsets):
-        distance = offsets.abs().double()
+        distance = offsets.to(r1.device).abs().double()
         a, b = _per_head(r1, distance), _per_head(r2, distance)
         if kernel == "log":
             return 0.0 - a * torch.log1p(b * distance)
@@ -634,6 +654,7 @@ def fire_bias(
     grid = _grid(here, q_positions, k_positions)
 
     def ratio(offsets, limit):
+        offsets, limit = offsets.to(flat[0].device), limit.to(flat[0].device)
         return torch.log1p(c * offsets.abs()) / (torch.log1p(c * limit) + eps)
 
     def network(x):
@@ -651,7 +672,8 @@ def fire_bias(
                 _matrix(lambda offsets: network(ratio(offsets, threshold)), near, dtype)
             )
         if far is not None:
-            query = torch.maximum(far.q.double(), threshold)[..., :, None]
+            query = far.q.to(threshold.device, torch.float64)
+            query = torch.maximum(query, threshold)[..., :, None]
             parts.append(
                 _matrix(lambda offsets: network(ratio(offsets, query)), far, dtype)
             )
@@ -662,7 +684,7 @@ def fire_bias(
 
 def _split(grid, threshold):
     """Return the grids of the queries below a threshold and of the others, or None."""
-    if not grid.is_consecutive() or not undisturbed():
+    if not grid.is_consecutive() or not undisturbed() or threshold.is_meta:
         return None, grid.apart()
     below = math.ceil(min(max(threshold.item() - grid.q_start, 0), grid.n_query))
     near = grid._replace(n_query=below) if below else None

@@ -327,9 +327,13 @@ def test_meta_tensors_give_meta_tensors():
     with torch.device("meta"):
         module = T5Bias(8)
         assert module.weight.is_meta
-    bias = t5_bias(torch.zeros(32, 8, device="meta"), range(5), range(9))
-    assert bias.is_meta
-    assert bias.shape == (8, 5, 9)
+    for family in FAMILIES:
+        given, function = parameters(family)
+        given = [t.detach().to("meta") for t in given]
+        for places in ((range(5), range(9)), (torch.tensor([4, 1]), torch.arange(9))):
+            bias = function(*given, *places)
+            assert bias.is_meta
+            assert bias.shape == (3, len(places[0]), 9)
 
 
 # --- modules -------------------------------------------------------------------------
