@@ -219,7 +219,7 @@ def alibi_slopes(n_head, *, dtype=np.float64):
     n_head : int
         The number of heads, any.
     dtype : dtype, default float64
-        float32 or float64.
+        Either float32 or float64.
 
     Returns
     -------
