@@ -14,6 +14,7 @@ import torch
 
 import posenc
 
+from .bias import bias_cases
 from .cope import cope_cases
 from .cope_peers import COPE_PEERS, N_POSITION, Bias, between, counted
 from .models import model_cases
@@ -280,5 +281,6 @@ def all_cases(peers=EVERYBODY):
             for step in ("cope_gates", "cope_positions", "cope_interpolate")
         ),
         *cope_cases(peers),
+        *bias_cases(),
         *model_cases(),
     ]

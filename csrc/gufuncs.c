@@ -419,6 +419,21 @@ cope_bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
               item_size(((const cope_variant *)data)->type));
 }
 
+/* (),(),(),()->(): relative_position, num_buckets, max_distance, bidirectional */
+static void
+t5_bucket_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+               void *Py_UNUSED(data))
+{
+    bucket_task task;
+    for (int i = 0; i < N_BUCKET_OPERAND; i++) {
+        task.base[i] = args[i];
+        task.step[i] = steps[i];
+    }
+    char *base[NEST_N_OPERAND] = {(char *)&task};
+    ptrdiff_t step[NEST_N_OPERAND] = {1};
+    run_rows(bucket_task_strip, NULL, &task, 1, dimensions[0], base, step);
+}
+
 /* There must be a position to be at. */
 static int
 check_positions(PyUFuncObject *ufunc, npy_intp n_position)
@@ -760,6 +775,27 @@ static gufunc_entry gufuncs[] = {
         .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},
         .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},
                            {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+    },
+    {
+        .name = "t5_bucket",
+        .doc =
+            "The bucket of each offset key - query, for T5's relative bias.\n\n"
+            "relative_position (), num_buckets (), max_distance (), bidirectional ()\n"
+            "-> bucket (), int64: as transformers computes it in float32. -1 unless\n"
+            "there are 2 buckets for a direction and max_distance exceeds half of\n"
+            "them.\n\n"
+            "See posenc.t5_bucket. Raffel et al., 2020, section 2.1,\n"
+            "https://arxiv.org/abs/1910.10683\n\n"
+            "Examples\n--------\n"
+            ">>> from posenc import ufunc\n"
+            ">>> ufunc.t5_bucket([-20, -1, 0, 1, 20], 32, 128, True)\n"
+            "array([10,  1,  0, 17, 26])\n",
+        .nin = 4,
+        .nout = 1,
+        .n_loop = 1,
+        .loop = {t5_bucket_loop},
+        .data = {NULL},
+        .types = {NPY_INT64, NPY_INT64, NPY_INT64, NPY_BOOL, NPY_INT64},
     },
     {
         .name = "cope_attention",

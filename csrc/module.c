@@ -96,6 +96,7 @@ module_exec(PyObject *module)
         PyModule_AddFunctions(module, sinusoidal_methods) < 0 ||
         PyModule_AddFunctions(module, learned_methods) < 0 ||
         PyModule_AddFunctions(module, cope_methods) < 0 ||
+        PyModule_AddFunctions(module, bias_methods) < 0 ||
         PyModule_AddFunctions(module, cope_attention_methods) < 0 ||
         PyModule_AddFunctions(module, cope_attention_backward_methods) < 0) {
         return -1;

@@ -38,4 +38,7 @@ extern PyMethodDef cope_methods[];
 extern PyMethodDef sinusoidal_methods[];
 extern PyMethodDef learned_methods[];
 
+/* The same of relative biases (bias_arrays.c). */
+extern PyMethodDef bias_methods[];
+
 #endif

@@ -14,6 +14,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 /* Types of elements; the last two have 16 bits, IEEE half and bfloat16. */
 enum { REAL_F32, REAL_F64, REAL_F16, REAL_BF16, N_REAL };
@@ -295,6 +296,53 @@ typedef void add_sinusoidal_kernel(const sinusoidal_strip *strip, const char *x,
                                    const char *position, const char *inv_freq,
                                    char *out);
 
+/* What makes a bucket of an offset: all buckets, of both directions if bidirectional.
+ */
+typedef struct {
+    int64_t n_bucket, max_distance;
+    bool bidirectional;
+} t5_buckets;
+
+/* The bucket of each of n offsets key - query, int64_t as the buckets are.
+ *
+ * Offsets to keys after the query have half of the buckets for themselves, or count as
+ * 0 if not bidirectional.  Of the n_bucket for a direction the first half is one for
+ * each distance, the rest goes by the logarithm up to max_distance, in float as
+ * transformers computes it.  -1 everywhere unless n_bucket >= 2 for a direction and
+ * max_distance > n_bucket / 2.
+ *
+ * Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+ * Transformer", 2020, section 2.1.
+ */
+typedef void t5_bucket_kernel(const t5_buckets *buckets, size_t n,
+                              const char *relative_position, ptrdiff_t position_step,
+                              char *out, ptrdiff_t out_step);
+
+typedef struct {
+    size_t n_row;        /* rows in the strip: queries                        */
+    size_t n_key;        /* keys per row                                      */
+    size_t element_size; /* bytes                                             */
+    bool stream;         /* as for rotations                                  */
+    ptrdiff_t value_row, logit_row, out_row; /* row to row                    */
+    ptrdiff_t logit_key, out_key;            /* within a row; values are side
+                                                by side                       */
+} bias_strip;
+
+/* Write to each row its n_key values: out (n_row, n_key) of any type of element_size.
+ * For consecutive positions value_row is minus one value, so that each row is the one
+ * before it, moved on by a key. */
+typedef void bias_spread_kernel(const bias_strip *strip, const char *values, char *out);
+
+/* Add to logits (n_row, n_key) of a type the values, which are floats (doubles for
+ * doubles): one sum, rounded once.  out may be logits itself with its own steps; else
+ * disjoint.  A NaN is the quiet NaN. */
+typedef void bias_add_kernel(const bias_strip *strip, const char *values,
+                             const char *logits, char *out);
+
+/* The gradient of values: add grad (n_row, n_key), which has the steps of logits, to
+ * sums, doubles that have those of values; row by row. */
+typedef void bias_collect_kernel(const bias_strip *strip, const char *grad, char *sums);
+
 /* The kernels of one instruction set. */
 typedef struct {
     const char *simd;
@@ -314,6 +362,10 @@ typedef struct {
         size_t (*backward_scratch_size)(const cope_attention_shape *shape);
         cope_attention_backward_kernel *backward;
     } cope_attention[2]; /* for type float and those of 16 bits, and for double */
+    t5_bucket_kernel *t5_bucket;
+    bias_spread_kernel *bias_spread;
+    bias_add_kernel *bias_add[N_REAL];
+    bias_collect_kernel *bias_collect[N_REAL];
     void (*finish_stores)(void); /* make streamed results visible to other threads */
 } kernel_table;
 

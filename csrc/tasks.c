@@ -205,3 +205,62 @@ gates_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
             base[COPE_OUT] + r * step[COPE_OUT], gates->out_step);
     }
 }
+
+void
+bucket_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                  const ptrdiff_t step[NEST_N_OPERAND],
+                  const ptrdiff_t ahead[NEST_N_OPERAND])
+{
+    (void)step, (void)ahead;
+    const bucket_task *todo = task;
+    const ptrdiff_t *steps = todo->step, first = base[0] - (char *)task;
+    const bool is_shared =
+        steps[BUCKET_N] == 0 && steps[BUCKET_MAX] == 0 && steps[BUCKET_BOTH] == 0;
+    const size_t run = is_shared ? n_row : 1;
+    for (size_t row = 0; row < n_row; row += run) {
+        const ptrdiff_t r = first + (ptrdiff_t)row;
+        const t5_buckets buckets = {
+            *(const int64_t *)(todo->base[BUCKET_N] + r * steps[BUCKET_N]),
+            *(const int64_t *)(todo->base[BUCKET_MAX] + r * steps[BUCKET_MAX]),
+            *(todo->base[BUCKET_BOTH] + r * steps[BUCKET_BOTH]) != 0,
+        };
+        kernels->t5_bucket(
+            &buckets, run, todo->base[BUCKET_POSITION] + r * steps[BUCKET_POSITION],
+            steps[BUCKET_POSITION], todo->base[BUCKET_OUT] + r * steps[BUCKET_OUT],
+            steps[BUCKET_OUT]);
+    }
+}
+
+void
+bias_task_choose_stores(bias_task *task, bool in_place, size_t n_byte)
+{
+    task->within.stream = !in_place && n_byte >= MIN_STREAM_SIZE;
+}
+
+void
+bias_task_finish(void *task)
+{
+    if (((const bias_task *)task)->within.stream) {
+        kernels->finish_stores();
+    }
+}
+
+void
+bias_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                const ptrdiff_t step[NEST_N_OPERAND],
+                const ptrdiff_t ahead[NEST_N_OPERAND])
+{
+    (void)ahead;
+    const bias_task *bias = task;
+    bias_strip strip = bias->within;
+    strip.n_row = n_row;
+    strip.value_row = step[BIAS_VALUES];
+    strip.logit_row = step[BIAS_LOGITS];
+    strip.out_row = step[BIAS_OUT];
+    if (bias->adds) {
+        kernels->bias_add[bias->type](&strip, base[BIAS_VALUES], base[BIAS_LOGITS],
+                                      base[BIAS_OUT]);
+    } else {
+        kernels->bias_spread(&strip, base[BIAS_VALUES], base[BIAS_OUT]);
+    }
+}

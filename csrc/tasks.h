@@ -1,5 +1,5 @@
-/* What both doors ask for: rotations, tables and contextual positions as jobs over
- * nests.
+/* What both doors ask for: rotations, tables, contextual positions and relative
+ * biases as jobs over nests.
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
@@ -90,5 +90,40 @@ typedef struct {
 } gates_task;
 
 nest_strip gates_task_strip;
+
+/* The operands of t5_bucket, in this order. */
+enum {
+    BUCKET_POSITION,
+    BUCKET_N,
+    BUCKET_MAX,
+    BUCKET_BOTH,
+    BUCKET_OUT,
+    N_BUCKET_OPERAND
+};
+
+/* Buckets of offsets.  More operands than a nest has: its rows are counted from the
+ * address of the task on, in bytes. */
+typedef struct {
+    char *base[N_BUCKET_OPERAND];
+    ptrdiff_t step[N_BUCKET_OPERAND];
+} bucket_task;
+
+nest_strip bucket_task_strip;
+
+/* The operands of the nest of a spread bias, in this order. */
+enum { BIAS_VALUES, BIAS_LOGITS, BIAS_OUT = NEST_N_OPERAND - 1 };
+
+typedef struct {
+    bias_strip within; /* steps within a row */
+    int type;
+    bool adds; /* to logits */
+} bias_task;
+
+/* Stream the result, of n_byte, on the grounds that rotations have. */
+void bias_task_choose_stores(bias_task *task, bool in_place, size_t n_byte);
+
+/* Strips of a bias_task. */
+nest_strip bias_task_strip;
+nest_finish bias_task_finish;
 
 #endif

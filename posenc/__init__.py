@@ -8,6 +8,15 @@ Hugging Face models in `posenc.hf`.
 
 # SPDX-License-Identifier: BSD-3-Clause
 from . import ufunc
+from ._bias import (
+    alibi_bias,
+    alibi_slopes,
+    fire_bias,
+    kerple_bias,
+    sandwich_bias,
+    t5_bias,
+    t5_bucket,
+)
 from ._cope import cope_bias, cope_gates, cope_interpolate, cope_positions
 from ._cope_attention import cope_attention
 from ._learned import add_learned, extend_table
@@ -29,6 +38,8 @@ __all__ = [
     "__version__",
     "add_learned",
     "add_sinusoidal",
+    "alibi_bias",
+    "alibi_slopes",
     "build_info",
     "cope_attention",
     "cope_bias",
@@ -36,7 +47,9 @@ __all__ = [
     "cope_interpolate",
     "cope_positions",
     "extend_table",
+    "fire_bias",
     "get_num_threads",
+    "kerple_bias",
     "permute_layout",
     "rope",
     "rope_cis",
@@ -45,8 +58,11 @@ __all__ = [
     "rope_matrix",
     "rope_qk",
     "rope_table",
+    "sandwich_bias",
     "set_num_threads",
     "sinusoidal",
     "sinusoidal_grid",
+    "t5_bias",
+    "t5_bucket",
     "ufunc",
 ]

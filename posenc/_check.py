@@ -17,6 +17,9 @@ _GRADIENTS = {
     "add_learned": " (posenc.torch.add_learned gives gradients)",
     "cope_bias": " (posenc.torch.cope_bias gives gradients)",
     "cope_attention": " (posenc.torch.cope_attention gives gradients)",
+    "t5_bias": " (posenc.torch.t5_bias gives gradients)",
+    "kerple_bias": " (posenc.torch.kerple_bias gives gradients)",
+    "fire_bias": " (posenc.torch.fire_bias gives gradients)",
 }
 
 

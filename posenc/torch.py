@@ -2,7 +2,8 @@
 
 `posenc.rope` and its like take tensors too; the functions here, with the same
 arguments, also give derivatives, and each call is one operator in a compiled graph.
-Contextual positions (CoPE) are in _torch_cope.py, added tables in _torch_tables.py.
+Contextual positions (CoPE) are in _torch_cope.py, added tables in _torch_tables.py,
+relative biases in _torch_bias.py.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
@@ -18,6 +19,7 @@ from ._rope import rope_qk as plain_rope_qk
 from ._rope import rope_table
 from ._rope_check import ANGLES, LAYOUTS, pair
 from ._scaling import rope_inv_freq
+from ._torch_bias import ALiBi, T5Bias, alibi_bias, fire_bias, kerple_bias, t5_bias
 from ._torch_check import as_tensor, check_tensor, refuse_out
 from ._torch_cope import CoPE, CoPEAttention, KVCache, cope_attention, cope_bias
 from ._torch_ops import Rows, Turn, undisturbed
@@ -29,18 +31,24 @@ from ._torch_tables import (
 )
 
 __all__ = [
+    "ALiBi",
     "CoPE",
     "CoPEAttention",
     "KVCache",
     "LearnedEmbedding",
     "RotaryEmbedding",
     "SinusoidalEmbedding",
+    "T5Bias",
     "add_learned",
     "add_sinusoidal",
+    "alibi_bias",
     "cope_attention",
     "cope_bias",
+    "fire_bias",
+    "kerple_bias",
     "rope",
     "rope_qk",
+    "t5_bias",
 ]
 
 

@@ -20,6 +20,8 @@ and checks, take torch tensors, and are faster on plain arrays.
   a key
 - ``cope_attention(q, k, v, position_embedding)``, ``(t,d),(s,d),(s,d),(d,p)->(t,d)``:
   causal, scaled by ``d**-0.5``
+- ``t5_bucket(relative_position, num_buckets, max_distance, bidirectional)``,
+  ``(),(),(),()->()``, elementwise: buckets, all int64
 
 The rotations take float32 and float64; and float16 and ml_dtypes' bfloat16 data with a
 float32 (complex64) table or, but for ``rope_complex``, one of their own type; so do
@@ -52,6 +54,7 @@ from ._core import (
     rope_complex,
     rope_half,
     rope_interleaved,
+    t5_bucket,
 )
 
 __all__ = [
@@ -67,4 +70,5 @@ __all__ = [
     "rope_complex",
     "rope_half",
     "rope_interleaved",
+    "t5_bucket",
 ]

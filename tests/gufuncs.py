@@ -357,6 +357,10 @@ SPECS = {
 }
 
 
+# Of whole numbers, not of reals: test_bias.py holds it to the contract.
+WHOLE = ("t5_bucket",)
+
+
 def sprinkle(rng, array):
     """Put special values at a few random places of a float or complex array."""
     if array.size == 0:

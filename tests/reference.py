@@ -407,3 +407,95 @@ def same_bits(got, want):
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(bits(got), bits(want))
+
+
+# --- relative biases -----------------------------------------------------------------
+
+
+def offsets(q_positions, k_positions):
+    """Position of the key less that of the query, (T, S)."""
+    return np.array([[k - q for k in k_positions] for q in q_positions], float)
+
+
+def t5_bucket(offset, num_buckets, max_distance, bidirectional):
+    """Raffel et al., 2020: one offset by the recipe of transformers, in float32."""
+    bucket = 0
+    if bidirectional:
+        num_buckets //= 2
+        bucket = num_buckets if offset > 0 else 0
+        distance = abs(offset)
+    else:
+        distance = -min(offset, 0)
+    max_exact = num_buckets // 2
+    if distance < max_exact:
+        return bucket + distance
+    single = np.float32
+    log = single(math.log(single(distance) / single(max_exact)))
+    share = log / single(math.log(max_distance / max_exact))
+    large = max_exact + int(share * single(num_buckets - max_exact))
+    return bucket + min(large, num_buckets - 1)
+
+
+def alibi_slopes(n_head):
+    """Press et al., 2022, footnote 8 to section 3: the authors' own recursion."""
+
+    def of_power(n):
+        start = 2.0 ** (-(2.0 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+
+    if math.log2(n_head).is_integer():
+        return of_power(n_head)
+    closest = 2 ** math.floor(math.log2(n_head))
+    more = alibi_slopes(2 * closest)[0::2][: n_head - closest]
+    return of_power(closest) + more
+
+
+def alibi(slopes, q_positions, k_positions, symmetric=False):
+    """Slope times offset, or minus slope times distance."""
+    offset = offsets(q_positions, k_positions)
+    if symmetric:
+        offset = -np.abs(offset)
+    return np.array([slope * offset for slope in np.asarray(slopes, float)])
+
+
+def kerple(r1, r2, q_positions, k_positions, kernel):
+    """Chi et al., 2022: -r1 log(1 + r2 |m - n|), or -r1 |m - n|^r2."""
+    distance = np.abs(offsets(q_positions, k_positions))
+    if kernel == "log":
+        return np.array(
+            [-a * np.log(1 + b * distance) for a, b in zip(r1, r2, strict=True)]
+        )
+    return np.array([-a * distance**b for a, b in zip(r1, r2, strict=True)])
+
+
+def fire(mlp, q_positions, k_positions, c, threshold, eps):
+    """Li et al., 2023: f(psi(i - j) / psi(max(i, L))), element by element."""
+
+    def psi(x):
+        return math.log(abs(c * x) + 1)
+
+    def network(x):
+        x = np.array([x])
+        for i, (weight, shift) in enumerate(mlp):
+            x = np.asarray(weight) @ (np.maximum(x, 0) if i else x) + np.asarray(shift)
+        return x
+
+    bias = [
+        [network(psi(i - j) / (psi(max(i, threshold)) + eps)) for j in k_positions]
+        for i in q_positions
+    ]
+    return np.moveaxis(np.array(bias), -1, 0)
+
+
+def sandwich(n_head, dim, q_positions, k_positions, theta):
+    """Chi et al., 2023: products of sinusoidal embeddings, compressed by 8 h / H."""
+
+    def embedding(position):
+        i = np.arange(dim // 2)
+        angle = position / theta ** (2 * i / dim)
+        return np.concatenate([np.sin(angle), np.cos(angle)])
+
+    products = np.array(
+        [[embedding(m) @ embedding(n) for n in k_positions] for m in q_positions]
+    )
+    return np.array([products / (8 * h / n_head) for h in range(1, n_head + 1)])

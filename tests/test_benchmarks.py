@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import cope_listing  # noqa: E402
 
-from benchmarks import cope, cope_peers, memory, peers, report  # noqa: E402
+from benchmarks import bias, cope, cope_peers, memory, peers, report  # noqa: E402
 from benchmarks.__main__ import updated  # noqa: E402
 from benchmarks.cases import all_cases, cope_step, rotation  # noqa: E402
 from benchmarks.timing import Run, measure, nested  # noqa: E402
@@ -252,3 +252,21 @@ def test_an_update_replaces_its_cases_and_says_so():
     values = [(r["case"], r["value"]) for r in result["records"]]
     assert values == [("a", 1), ("b", 0), ("c", 1)]
     assert (result["apart"], result["machine"]) == (["a", "c"], new["machine"])
+
+
+@pytest.mark.parametrize("name", bias.BIASES)
+def test_biases_agree_with_themselves_and_with_transformers(name):
+    with torch.no_grad():
+        runs, facts = bias.bias(name, 40).prepare(1)
+        for run in runs.values():
+            run.call()
+    assert facts["error"] == "same bits"
+    assert bias.ZEROS in runs
+
+
+def test_buckets_and_slopes_are_timed():
+    for case in (bias.buckets(500), bias.slopes()):
+        runs, facts = case.prepare(1)
+        for run in runs.values():
+            run.call()
+        assert facts["error"] in ("same bits", "-")

@@ -46,6 +46,8 @@ def arrays():
         "wide": np.full((5, 3), 7.0),
         "w": floats(24, 5, seed=8),
         "embedding": floats(12, 4, seed=9),
+        "weight": floats(32, 3, seed=10),
+        "slopes": np.abs(floats(3, seed=11)),
     }
 
 

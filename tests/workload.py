@@ -10,7 +10,7 @@ import json
 from itertools import chain, product
 
 import numpy as np
-from gufuncs import PLAIN, PLANAR, SHORT_BY_FLOAT32, SPECS, sprinkle
+from gufuncs import PLAIN, PLANAR, SHORT_BY_FLOAT32, SINGLE, SPECS, sprinkle
 
 import posenc
 
@@ -107,6 +107,25 @@ def cope_digests():
             yield f"large cope {np.dtype(dtype)} {n_position}", [bias]
 
 
+def bias_digests():
+    """Buckets, and biases spread and added, within the caches and past them."""
+    rng = np.random.default_rng(6)
+    offset = np.arange(-5000, 5000)
+    for numbers in ((32, 128, True), (32, 128, False), (100, 3000, True)):
+        yield f"buckets {numbers}", [posenc.ufunc.t5_bucket(offset, *numbers)]
+    for types, shape in product(SINGLE, ((2, 9, 70), (3, 1001, 1003))):
+        weight = rng.standard_normal((32, shape[0])).astype(types.data)
+        places = range(shape[1]), range(shape[2])
+        logits = sprinkle(rng, rng.standard_normal(shape).astype(types.data))
+        spread = np.empty((shape[0], shape[1], shape[2] + 1), types.data)[..., 1:]
+        posenc.t5_bias(weight, *places, out=spread)
+        added = posenc.t5_bias(weight, *places, add_to=logits, out=spread.copy())
+        strided = posenc.t5_bias(weight, *places, add_to=logits[..., ::-1], out=spread)
+        sums = np.zeros((shape[0], sum(shape[1:]) - 1))
+        posenc._core.bias_collect_arrays(added, sums)
+        yield f"bias {types} {shape}", [added, strided, sums]
+
+
 def roundings(types):
     """What there is to choose: for 16-bit data only, 'eager' differs."""
     return ("once",) if types in PLAIN else ("once", "eager")
@@ -180,7 +199,7 @@ def main():
     for name, digests in gufunc_digests():
         found[name] = "".join(digests)
     groups = table_digests(), rope_digests(), large_digests(), pattern_digests()
-    groups += (cope_digests(),)
+    groups += cope_digests(), bias_digests()
     for name, arrays in chain(*groups):
         found[name] = digest(*arrays)
     print(json.dumps(found))

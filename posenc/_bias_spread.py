@@ -1,0 +1,245 @@
+"""What the relative biases share: positions, memory, and the two ways to a matrix.
+
+Between consecutive positions a bias is one row of values per head, one value for each
+offset, that the kernel spreads; between others each element is evaluated on its own.
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from . import _core
+from . import _tensors as tensors
+from ._check import as_array, must, out_array, real_array
+from ._rope_check import REAL_RULE, _real_kind, _widest
+
+# Elements that are evaluated at once where positions are not consecutive.
+_BLOCK = 1 << 18
+
+
+class Bias(NamedTuple):
+    """A relative bias: what a call of one of the functions asks for."""
+
+    function: str
+    n_head: int
+    dtype: np.dtype  # without logits to add to
+    is_tensor: bool
+    # Offsets (n,) to values (H, n); numbers per offset, to size the blocks.
+    evaluate: Callable
+    weight: int = 1
+    # Values depend on queries beyond it, which are then a second argument; or None.
+    threshold: float | None = None
+
+
+# --- what is given -------------------------------------------------------------------
+
+
+def parameters(function, name, value, shape):
+    """Return numbers of one type and a shape; axes of any size stand by their name."""
+    array = np.asarray(as_array(function, name, value))
+    _real_kind(function, name, array.dtype)
+    fits = array.ndim == len(shape) and all(
+        isinstance(want, str) or want == size
+        for size, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.size == 0:
+        axes = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        rule = f"be of shape ({axes}) and not empty"
+        raise ValueError(must(function, name, rule, f"shape {array.shape}"))
+    return array.astype(_widest(array.dtype))  # a copy: `out` may lie in its memory
+
+
+def positions_of(function, name, value, whole=False):
+    """Return positions (..., n) as int64 if they are to be whole, else as float64."""
+    array = np.asarray(as_array(function, name, value))
+    if whole and array.dtype.kind not in "iu" and array.size:
+        rule = "be whole numbers"
+        raise TypeError(must(function, name, rule, f"dtype {array.dtype}"))
+    if array.ndim == 0:
+        raise ValueError(must(function, name, "have at least one axis", "shape ()"))
+    array = real_array(function, name, array)
+    return array.astype(np.int64 if whole else np.float64)  # a copy, as above
+
+
+def are_tensors(*given):
+    """Tell whether any of them is a torch tensor."""
+    return any(map(tensors.is_tensor, given))
+
+
+# --- the call ------------------------------------------------------------------------
+
+
+def spread(bias, q_positions, k_positions, add_to, out):
+    """Return the bias, written or added where it was asked for."""
+    with np.errstate(all="ignore"):
+        q, k = q_positions, k_positions
+        shape = _result_shape(bias, q, k, add_to)
+        logits, answer, result = _memory(bias, shape, add_to, out)
+        tensors.mark_changed(answer if out is None else out)
+        target = _apart(result, logits)
+        lead = shape[:-3]
+        if q.ndim == k.ndim == 1:
+            _fill(bias, q, k, logits, target)
+        else:
+            q = np.broadcast_to(q, (*lead, q.shape[-1]))
+            k = np.broadcast_to(k, (*lead, k.shape[-1]))
+            for at in np.ndindex(lead):
+                own = None if logits is None else logits[at]
+                _fill(bias, q[at], k[at], own, target[at])
+        if target is not result:
+            result[...] = target
+    return answer
+
+
+def _result_shape(bias, q, k, add_to):
+    """Return (..., H, T, S); raise if positions and logits do not fit."""
+    try:
+        lead = np.broadcast_shapes(q.shape[:-1], k.shape[:-1])
+    except ValueError:
+        rule = f"have leading axes that broadcast with {q.shape[:-1]}"
+        got = must(bias.function, "k_positions", rule, k.shape[:-1])
+        raise ValueError(got) from None
+    own = (bias.n_head, q.shape[-1], k.shape[-1])
+    if add_to is None:
+        return (*lead, *own)
+    shape = tuple(getattr(add_to, "shape", np.shape(add_to)))
+    check_logits(bias.function, shape, lead, own)
+    return shape
+
+
+def check_logits(function, shape, lead, own):
+    """Raise unless a bias (*lead, *own), own being (H, T, S), goes to a shape."""
+    if shape[-3:] != own or not _broadcasts_to(lead, shape[:-3]):
+        axes = ", ".join(map(str, ("...", *lead, *own)))
+        rule = f"be of shape (..., H, T, S) = ({axes})"
+        raise ValueError(must(function, "add_to", rule, f"shape {shape}"))
+
+
+def _broadcasts_to(shape, whole):
+    try:
+        return np.broadcast_shapes(shape, whole) == whole
+    except ValueError:
+        return False
+
+
+def _memory(bias, shape, add_to, out):
+    """Return the logits or None, what the user gets, and the array of its memory."""
+    here, is_tensor, logits, dtype = bias.function, bias.is_tensor, None, bias.dtype
+    if add_to is not None:
+        is_tensor = tensors.is_tensor(add_to)
+        logits = as_array(here, "add_to", add_to)
+        dtype = logits.dtype
+        if not isinstance(logits, np.ndarray):
+            got = type(add_to).__name__
+            raise TypeError(must(here, "add_to", "be a plain NumPy array", got))
+        if dtype.kind in "biu":
+            raise TypeError(must(here, "add_to", REAL_RULE, f"dtype {dtype}"))
+        _real_kind(here, "add_to", dtype)
+        if out is None:
+            return (
+                logits,
+                add_to,
+                out_array(
+                    here, add_to, shape, dtype.newbyteorder("="), "add_to", is_tensor
+                ),
+            )
+        logits = logits.astype(dtype.newbyteorder("="), copy=False)
+        dtype = logits.dtype
+    if out is not None:
+        return logits, out, out_array(here, out, shape, dtype, "out", is_tensor)
+    answer = tensors.empty(shape, dtype) if is_tensor else np.empty(shape, dtype)
+    return logits, answer, tensors.as_numpy(answer) if is_tensor else answer
+
+
+def _apart(result, logits):
+    """Return the result's memory, or other if the kernel could not write there."""
+    is_apart = logits is None or not np.may_share_memory(result, logits)
+    if result.flags.aligned and (is_apart or _are_one(result, logits)):
+        return np.asarray(result)
+    return np.empty(result.shape, result.dtype)
+
+
+def _are_one(a, b):
+    same = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    return same and a.strides == b.strides
+
+
+# --- the two ways --------------------------------------------------------------------
+
+
+def _fill(bias, q, k, logits, result):
+    """Write the bias between positions (T,) and (S,), added to logits if given."""
+    if result.size == 0:
+        return
+    n_near = 0
+    if _are_consecutive(q) and _are_consecutive(k):
+        is_near = bias.threshold is None or q <= bias.threshold
+        n_near = int(np.count_nonzero(is_near | np.zeros(len(q), bool)))
+    if n_near > 0:
+        near = slice(0, n_near)
+        first = k[0] - q[n_near - 1]
+        offsets = first + np.arange(n_near + len(k) - 1, dtype=q.dtype)
+        values = _evaluate(bias, offsets, q[0])
+        _spread_values(values, _rows(logits, near), _rows(result, near))
+    n_row = max(1, _BLOCK // (len(k) * bias.n_head * bias.weight))
+    for start in range(n_near, len(q), n_row):
+        rows = slice(start, start + n_row)
+        query = np.broadcast_to(q[rows, None], (len(q[rows]), len(k)))
+        values = _evaluate(bias, (k - query).reshape(-1), query.reshape(-1))
+        values = values.reshape((bias.n_head, *query.shape))
+        part = _rows(result, rows)
+        part[...] = _sum(values, _rows(logits, rows), part)
+
+
+def _evaluate(bias, offsets, query):
+    """Return the values (H, n) of offsets (n,)."""
+    if bias.threshold is None:
+        return bias.evaluate(offsets)
+    return bias.evaluate(offsets, query)
+
+
+def _rows(matrix, rows):
+    """Return some of the queries of logits, if there are any."""
+    return None if matrix is None else matrix[..., rows, :]
+
+
+def _are_consecutive(positions):
+    """Tell whether each is one more than that before it, and all are whole."""
+    first = positions[0]
+    if not np.isfinite(first) or first != np.rint(first):
+        return False
+    return bool((positions - first == np.arange(len(positions))).all())
+
+
+def _spread_values(values, logits, result):
+    """Spread values (H, T + S - 1) over (..., H, T, S)."""
+    dtype = result.dtype if logits is None else _wide(result.dtype)
+    values = np.ascontiguousarray(in_type(values, dtype))
+    values = np.broadcast_to(values, (*result.shape[:-2], values.shape[-1]))
+    if logits is not None and not logits.flags.aligned:
+        logits = logits.copy()
+    _core.bias_arrays(values, None if logits is None else np.asarray(logits), result)
+
+
+def _sum(values, logits, result):
+    """Return values in the type of a result, added to logits if given."""
+    if logits is None:
+        return in_type(values, result.dtype)
+    wide = _wide(result.dtype)
+    total = logits.astype(wide) + in_type(values, wide)
+    total[np.isnan(total)] = np.nan  # of all NaN the one
+    return total.astype(result.dtype)
+
+
+def _wide(dtype):
+    """Return the type in which values are added to logits of a type."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def in_type(values, dtype):
+    """Return values in a type; those of 16 bits are float32 before."""
+    if dtype.itemsize == 2 and values.dtype == np.float64:
+        values = values.astype(np.float32)
+    return values.astype(dtype, copy=False)

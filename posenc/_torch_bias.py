@@ -1,0 +1,903 @@
+"""Relative biases for PyTorch: differentiable functions, and modules.
+
+A bias between consecutive positions is a row of values per head, computed by torch, and
+one operator that spreads it; the gradient of that adds up along the diagonals.
+"""
+
+# SPDX-License-Identifier: BSD-3-Clause
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _core
+from . import _tensors as tensors
+from ._bias import KERNELS, alibi_slopes, check_buckets, check_kerple
+from ._bias import alibi_bias as plain_alibi_bias
+from ._bias import fire_bias as plain_fire_bias
+from ._bias import kerple_bias as plain_kerple_bias
+from ._bias import t5_bias as plain_t5_bias
+from ._bias import t5_bucket as plain_t5_bucket
+from ._bias_spread import check_logits, in_type
+from ._check import must, one_of, true_or_false, whole_number
+from ._rope_check import REAL_RULE
+from ._torch_check import as_tensor, check_tensor, refuse_out
+from ._torch_cope_ops import _register
+from ._torch_ops import _bare, _is_compiling, register, transformed, undisturbed
+
+# --- operators -----------------------------------------------------------------------
+
+
+def _spread(values, n_query, dtype):
+    values = tensors.as_numpy(_bare(values).contiguous())
+    n_key = values.shape[-1] - n_query + 1
+    out = torch.empty((*values.shape[:-1], n_query, n_key), dtype=dtype)
+    result = tensors.as_numpy(out)
+    if out.numel():
+        _core.bias_arrays(in_type(values, result.dtype), None, result)
+    return out
+
+
+def _fresh_spread(values, n_query, dtype):
+    shape = (*values.shape[:-1], n_query, values.shape[-1] - n_query + 1)
+    return values.new_empty(shape, dtype=dtype)
+
+
+def _collect(grad):
+    grad = _bare(grad)
+    n_query, n_key = grad.shape[-2:]
+    sums = grad.new_zeros((*grad.shape[:-2], n_query + n_key - 1), dtype=torch.float64)
+    if grad.numel():
+        _core.bias_collect_arrays(tensors.as_numpy(grad), tensors.as_numpy(sums))
+    return sums
+
+
+def _fresh_collect(grad):
+    n_query, n_key = grad.shape[-2:]
+    shape = (*grad.shape[:-2], n_query + n_key - 1)
+    return grad.new_empty(shape, dtype=torch.float64)
+
+
+def _bucket(offsets, num_buckets, max_distance, bidirectional):
+    return plain_t5_bucket(
+        _bare(offsets),
+        bidirectional=bidirectional,
+        num_buckets=num_buckets,
+        max_distance=max_distance,
+    )
+
+
+_SPREAD = _register(
+    "bias_spread(Tensor values, SymInt n_query, ScalarType dtype) -> Tensor",
+    _spread,
+    _fresh_spread,
+)
+_COLLECT = _register("bias_collect(Tensor grad) -> Tensor", _collect, _fresh_collect)
+_BUCKET = register(
+    "t5_bucket(Tensor offsets, int num_buckets, int max_distance, "
+    "bool bidirectional) -> Tensor",
+    _bucket,
+    lambda offsets, *_: torch.empty_like(
+        offsets, memory_format=torch.contiguous_format, dtype=torch.int64
+    ),
+)
+
+
+class _Spread(torch.autograd.Function):
+    """Values (..., n) in float64, spread over (..., T, S) of another type."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values, n_query, dtype):
+        return _SPREAD(values, n_query, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.n_query, ctx.dtype = inputs[1:]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Collect.apply(grad), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Sums along the diagonals of (..., T, S), in float64."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad):
+        return _COLLECT(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.n_query, ctx.dtype = inputs[0].shape[-2], inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Spread.apply(grad, ctx.n_query, ctx.dtype)
+
+
+class _ForwardSpread(_Spread):
+    """With forward mode, which Dynamo does not follow."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _ForwardCollect.apply(grad), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _ForwardSpread.apply(tangent, ctx.n_query, ctx.dtype)
+
+
+class _ForwardCollect(_Collect):
+    """The same of the sums."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _ForwardSpread.apply(grad, ctx.n_query, ctx.dtype)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return _ForwardCollect.apply(tangent)
+
+
+# --- positions -----------------------------------------------------------------------
+
+
+class _Grid(NamedTuple):
+    """Where queries and keys are: consecutive from two starts on, or anywhere."""
+
+    n_query: int
+    n_key: int
+    q_start: Any = None
+    k_start: Any = None
+    q: Any = None
+    k: Any = None
+
+    def is_consecutive(self):
+        return self.q_start is not None
+
+    def offsets(self):
+        """Return the offsets, (n,) if they are consecutive, else (..., T, S)."""
+        if self.is_consecutive():
+            first = self.k_start - self.q_start - self.n_query + 1
+            return torch.arange(first, first + self.n_query + self.n_key - 1)
+        return self.k[..., None, :] - self.q[..., :, None]
+
+    def apart(self, start=0):
+        """Return the queries from one on, as positions anywhere."""
+        if not self.is_consecutive():
+            return self
+        q = torch.arange(self.q_start + start, self.q_start + self.n_query)
+        k = torch.arange(self.k_start, self.k_start + self.n_key)
+        return _Grid(self.n_query - start, self.n_key, q=q, k=k)
+
+
+def _grid(function, q_positions, k_positions, whole=False):
+    if isinstance(q_positions, _Grid):
+        return q_positions
+    given = {"q_positions": q_positions, "k_positions": k_positions}
+    if all(isinstance(part, range) and part.step == 1 for part in given.values()):
+        return _consecutive(
+            q_positions.start, len(q_positions), k_positions.start, len(k_positions)
+        )
+    q, k = (_positions(function, name, part, whole) for name, part in given.items())
+    if not _is_compiling() and undisturbed() and _are_steps(q) and _are_steps(k):
+        return _consecutive(int(q[0]), len(q), int(k[0]), len(k))
+    try:
+        torch.broadcast_shapes(q.shape[:-1], k.shape[:-1])
+    except RuntimeError:
+        rule = f"have leading axes that broadcast with {tuple(q.shape[:-1])}"
+        got = tuple(k.shape[:-1])
+        raise ValueError(must(function, "k_positions", rule, got)) from None
+    return _Grid(q.shape[-1], k.shape[-1], q=q, k=k)
+
+
+def _consecutive(q_start, n_query, k_start, n_key):
+    grid = _Grid(n_query, n_key, q_start, k_start)
+    return grid.apart() if n_query == 0 or n_key == 0 else grid
+
+
+def _positions(function, name, value, whole):
+    value = as_tensor(function, name, value)
+    check_tensor(function, name, value)
+    if value.dim() == 0:
+        raise ValueError(must(function, name, "have at least one axis", "shape ()"))
+    kind = str(value.dtype).removeprefix("torch.")
+    if value.is_complex() or (whole and (value.is_floating_point() or kind == "bool")):
+        rule = "be whole numbers" if whole else "be real numbers"
+        raise TypeError(must(function, name, rule, f"dtype {kind}"))
+    return value.to(torch.int64 if whole else torch.float64)
+
+
+def _are_steps(positions):
+    if positions.dim() != 1 or not len(positions):
+        return False
+    first = positions[0]
+    if not torch.isfinite(first) or first != first.round():
+        return False
+    return bool((positions - first == torch.arange(len(positions))).all())
+
+
+# --- results -------------------------------------------------------------------------
+
+
+def _plain(given, add_to, out):
+    """Tell whether NumPy's function may answer: no gradients and nobody listens."""
+    if not undisturbed():
+        return False
+    given = [t for t in (*given, add_to, out) if t is not None]
+    if any(t.is_meta for t in given):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+
+
+def _check(function, given, add_to, out):
+    """Return the tensors of a call; refuse what no operator takes."""
+    given = {name: as_tensor(function, name, value) for name, value in given.items()}
+    others = {"add_to": add_to, "out": out}
+    others = {name: value for name, value in others.items() if value is not None}
+    for name, tensor in {**given, **others}.items():
+        check_tensor(function, name, tensor)
+    if out is not None:
+        inputs = given.values() if add_to is None else (*given.values(), add_to)
+        refuse_out(function, (out,), inputs)
+    return list(given.values())
+
+
+def _common(*given):
+    """Return the common dtype; whole numbers count as float64."""
+    dtype = None
+    for tensor in given:
+        own = tensor.dtype if tensor.is_floating_point() else torch.float64
+        dtype = own if dtype is None else torch.promote_types(dtype, own)
+    return dtype
+
+
+def _matrix(evaluate, grid, dtype):
+    """Return evaluated offsets as (..., H, T, S)."""
+    if grid.is_consecutive():
+        work = _ForwardSpread if transformed() else _Spread
+        return work.apply(evaluate(grid.offsets()), grid.n_query, dtype)
+    values = evaluate(grid.offsets()).movedim(0, -3)
+    if dtype.itemsize == 2:
+        values = values.float()
+    return values.to(dtype)
+
+
+def _finish(function, make, dtype, add_to, out):
+    """Return the bias that `make` gives in a dtype, added or written as asked for."""
+    if add_to is not None:
+        if not add_to.is_floating_point():
+            kind = str(add_to.dtype).removeprefix("torch.")
+            raise TypeError(must(function, "add_to", REAL_RULE, f"dtype {kind}"))
+        bias = make(torch.promote_types(torch.float32, add_to.dtype))
+        if not _is_compiling():
+            shape = tuple(bias.shape)
+            check_logits(function, tuple(add_to.shape), shape[:-3], shape[-3:])
+        if out is None:
+            # Expanded, so that gradients of 16 bits are summed over batches as these.
+            return add_to.add_(bias.expand_as(add_to))
+        return out.copy_(add_to + bias)
+    bias = make(dtype)
+    return bias if out is None else out.copy_(bias)
+
+
+def _per_head(parameter, like):
+    """Return numbers (H,) in float64, ready to meet the offsets."""
+    return parameter.double().reshape((-1,) + (1,) * like.dim())
+
+
+# --- functions -----------------------------------------------------------------------
+
+
+def t5_bias(
+    weight,
+    q_positions,
+    k_positions,
+    *,
+    bidirectional=True,
+    max_distance=128,
+    add_to=None,
+    out=None,
+):
+    """
+    Compute T5's relative bias of all queries and keys, differentiably.
+
+    The numbers are those of `posenc.t5_bias`, bit for bit.
+
+    Parameters
+    ----------
+    weight : torch.Tensor, shape (num_buckets, H)
+        The learned numbers of the buckets, on the CPU.
+    q_positions, k_positions : range, torch.Tensor or ndarray, shape (..., T), (..., S)
+        Positions in tokens, whole. Under `torch.compile` only ranges are known to be
+        consecutive, which takes far less time.
+    bidirectional, max_distance : optional
+        As in `posenc.t5_bias`.
+    add_to : torch.Tensor, shape (..., H, T, S), optional
+        Logits to add the bias to, in place, unless there is `out`.
+    out : torch.Tensor, shape (..., H, T, S), optional
+        Where the result goes. Without gradients only.
+
+    Returns
+    -------
+    torch.Tensor, shape (..., H, T, S)
+        The bias, in the dtype of `weight`, or the logits with it, in theirs.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no tensor or neither on the CPU nor on meta, or `out` is given
+        where gradients are needed; and as `posenc.t5_bias` does.
+    ValueError
+        As `posenc.t5_bias` does.
+
+    See Also
+    --------
+    posenc.t5_bias : The full description.
+    T5Bias : A module with the weight.
+
+    Notes
+    -----
+    The gradient of a bucket is the sum over its diagonals, taken in float64 in an order
+    that does not depend on the number of threads. Derivatives of any order work.
+
+    References
+    ----------
+    .. [1] Raffel et al., "Exploring the Limits of Transfer Learning with a Unified
+       Text-to-Text Transformer", 2020, section 2.1. https://arxiv.org/abs/1910.10683
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> weight = torch.zeros(4, 1, requires_grad=True)
+    >>> bias = posenc.torch.t5_bias(weight, range(3), range(3), max_distance=8)
+    >>> bias.sum().backward()
+    >>> weight.grad.T  # how often each bucket is used: a key itself, before, after
+    tensor([[3., 3., 0., 3.]])
+    """
+    here, given = "t5_bias", {"weight": weight}
+    (weight,) = _check(here, given, add_to, out)
+    if _plain((weight,), add_to, out):
+        return plain_t5_bias(
+            weight,
+            q_positions,
+            k_positions,
+            bidirectional=bidirectional,
+            max_distance=max_distance,
+            add_to=add_to,
+            out=out,
+        )
+    if weight.dim() != 2:
+        rule = "be of shape (num_buckets, H) and not empty"
+        raise ValueError(must(here, "weight", rule, f"shape {tuple(weight.shape)}"))
+    if not _is_compiling():
+        check_buckets(here, bidirectional, weight.shape[0], max_distance, "weight")
+    grid = _grid(here, q_positions, k_positions, whole=True)
+
+    def evaluate(offsets):
+        offsets = offsets.to(weight.device)
+        buckets = _BUCKET(offsets, weight.shape[0], max_distance, bidirectional)
+        values = torch.nn.functional.embedding(buckets, weight.double())
+        return values.movedim(-1, 0)
+
+    return _finish(
+        here,
+        lambda dtype: _matrix(evaluate, grid, dtype),
+        _common(weight),
+        add_to,
+        out,
+    )
+
+
+def alibi_bias(
+    slopes, q_positions, k_positions, *, symmetric=False, add_to=None, out=None
+):
+    """
+    Compute the linear biases of ALiBi, differentiably.
+
+    The numbers are those of `posenc.alibi_bias`, bit for bit.
+
+    Parameters
+    ----------
+    slopes : torch.Tensor or ndarray, shape (H,)
+        The slope of each head.
+    q_positions, k_positions : range, torch.Tensor or ndarray, shape (..., T), (..., S)
+        Positions in tokens, as in `t5_bias`; they need not be whole.
+    symmetric : bool, default False
+        Use the distance, and not the offset.
+    add_to : torch.Tensor, shape (..., H, T, S), optional
+        Logits to add the bias to, in place, unless there is `out`.
+    out : torch.Tensor, shape (..., H, T, S), optional
+        Where the result goes. Without gradients only.
+
+    Returns
+    -------
+    torch.Tensor, shape (..., H, T, S)
+        The bias, in the dtype of `slopes`, or the logits with it, in theirs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `posenc.alibi_bias` and `t5_bias` do.
+
+    See Also
+    --------
+    posenc.alibi_bias : The full description.
+    ALiBi : A module with the slopes.
+
+    References
+    ----------
+    .. [1] Press et al., "Train Short, Test Long: Attention with Linear Biases Enables
+       Input Length Extrapolation", 2022, section 3. https://arxiv.org/abs/2108.12409
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> slopes = torch.tensor([0.5], requires_grad=True)
+    >>> bias = posenc.torch.alibi_bias(slopes, range(3), range(3))
+    >>> torch.autograd.grad(bias[0, 2].sum(), slopes)
+    (tensor([-3.]),)
+    """
+    here = "alibi_bias"
+    (slopes,) = _check(here, {"slopes": slopes}, add_to, out)
+    if _plain((slopes,), add_to, out):
+        return plain_alibi_bias(
+            slopes,
+            q_positions,
+            k_positions,
+            symmetric=symmetric,
+            add_to=add_to,
+            out=out,
+        )
+    if not _is_compiling():
+        true_or_false(here, "symmetric", symmetric)
+    grid = _grid(here, q_positions, k_positions)
+    make = functools.partial(_linear, slopes, grid, symmetric)
+    return _finish(here, make, _common(slopes), add_to, out)
+
+
+def _linear(slopes, grid, symmetric, dtype):
+    """Return the linear biases of a grid in a dtype."""
+
+    def evaluate(offsets):
+        offsets = offsets.to(slopes.device)
+        offsets = -offsets.abs() if symmetric else offsets
+        return _per_head(slopes, offsets) * offsets + 0.0
+
+    return _matrix(evaluate, grid, dtype)
+
+
+def kerple_bias(
+    r1, r2, q_positions, k_positions, *, kernel="log", add_to=None, out=None
+):
+    """
+    Compute the kernelized biases of KERPLE, differentiably.
+
+    The numbers are those of `posenc.kerple_bias` but for the last bits of float64.
+
+    Parameters
+    ----------
+    r1, r2 : torch.Tensor, shape (H,)
+        The learned numbers of each head, positive; r2 at most 2 for the power kernel.
+        Those who train them keep them so.
+    q_positions, k_positions : range, torch.Tensor or ndarray, shape (..., T), (..., S)
+        Positions in tokens, as in `t5_bias`; they need not be whole.
+    kernel : {'log', 'power'}, default 'log'
+        ``-r1 * log(1 + r2 * d)`` or ``-r1 * d**r2`` of the distance d.
+    add_to : torch.Tensor, shape (..., H, T, S), optional
+        Logits to add the bias to, in place, unless there is `out`.
+    out : torch.Tensor, shape (..., H, T, S), optional
+        Where the result goes. Without gradients only.
+
+    Returns
+    -------
+    torch.Tensor, shape (..., H, T, S)
+        The bias, in the common dtype of r1 and r2, or the logits with it, in theirs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `posenc.kerple_bias` and `t5_bias` do.
+
+    See Also
+    --------
+    posenc.kerple_bias : The full description.
+
+    References
+    ----------
+    .. [1] Chi et al., "KERPLE: Kernelized Relative Positional Embedding for Length
+       Extrapolation", 2022, section 4. https://arxiv.org/abs/2205.09921
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> r1, r2 = torch.tensor([2.0], requires_grad=True), torch.tensor([1.0])
+    >>> bias = posenc.torch.kerple_bias(r1, r2, [3], range(4), kernel="power")
+    >>> torch.autograd.grad(bias.sum(), r1)
+    (tensor([-6.]),)
+    """
+    here = "kerple_bias"
+    r1, r2 = _check(here, {"r1": r1, "r2": r2}, add_to, out)
+    if _plain((r1, r2), add_to, out):
+        return plain_kerple_bias(
+            r1, r2, q_positions, k_positions, kernel=kernel, add_to=add_to, out=out
+        )
+    if not _is_compiling():
+        one_of(here, "kernel", kernel, KERNELS)
+    if undisturbed() and not (r1.is_meta or r2.is_meta):
+        check_kerple(here, *(_doubles(part) for part in (r1, r2)), kernel)
+    grid = _grid(here, q_positions, k_positions)
+
+    def evaluate(offsets):
+        distance = offsets.to(r1.device).abs().double()
+        a, b = _per_head(r1, distance), _per_head(r2, distance)
+        if kernel == "log":
+            return 0.0 - a * torch.log1p(b * distance)
+        is_zero = distance == 0  # where the logarithm in the derivatives is none
+        power = torch.where(is_zero, 1.0, distance) ** b
+        return 0.0 - torch.where(is_zero, 0.0, a * power)
+
+    return _finish(
+        here,
+        lambda dtype: _matrix(evaluate, grid, dtype),
+        _common(r1, r2),
+        add_to,
+        out,
+    )
+
+
+def _doubles(tensor):
+    return tensor.detach().double().numpy()
+
+
+def fire_bias(
+    mlp,
+    q_positions,
+    k_positions,
+    *,
+    c=0.1,
+    threshold=512.0,
+    eps=1e-6,
+    add_to=None,
+    out=None,
+):
+    """
+    Compute the interpolated biases of FIRE, differentiably.
+
+    The numbers are those of `posenc.fire_bias` but for the last bits of float64.
+
+    Parameters
+    ----------
+    mlp : sequence of pairs of torch.Tensor
+        Weight (n_out, n_in) and bias (n_out,) of each layer, from one input to H
+        outputs, with ReLU between layers: of a Sequential that is ``[(m.weight, m.bias)
+        for m in mlp[::2]]``.
+    q_positions, k_positions : range, torch.Tensor or ndarray, shape (..., T), (..., S)
+        Positions in tokens from the start of the text, as in `t5_bias`; they need not
+        be whole.
+    c, threshold : float or torch.Tensor, shape ()
+        The learned numbers of the logarithm and of the length below which numbers do
+        not depend on the query.
+    eps : float, default 1e-6
+        What the divisor is more than its logarithm.
+    add_to : torch.Tensor, shape (..., H, T, S), optional
+        Logits to add the bias to, in place, unless there is `out`.
+    out : torch.Tensor, shape (..., H, T, S), optional
+        Where the result goes. Without gradients only.
+
+    Returns
+    -------
+    torch.Tensor, shape (..., H, T, S)
+        The bias, in the common dtype of `mlp`, or the logits with it, in theirs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `posenc.fire_bias` and `t5_bias` do.
+
+    See Also
+    --------
+    posenc.fire_bias : The full description.
+
+    Notes
+    -----
+    Under `torch.compile` the network runs for each query and key.
+
+    References
+    ----------
+    .. [1] Li et al., "Functional Interpolation for Relative Positions Improves Long
+       Context Transformers", 2023, section 3. https://arxiv.org/abs/2310.04418
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> mlp = torch.nn.Sequential(
+    ...     torch.nn.Linear(1, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)
+    ... )
+    >>> layers = [(m.weight, m.bias) for m in mlp[::2]]
+    >>> c = torch.tensor(0.1, requires_grad=True)
+    >>> bias = posenc.torch.fire_bias(layers, range(10), range(10), c=c)
+    >>> bias.shape
+    torch.Size([8, 10, 10])
+    >>> bias.sum().backward()
+    >>> c.grad.shape, mlp[0].weight.grad.shape
+    (torch.Size([]), torch.Size([32, 1]))
+    """
+    here = "fire_bias"
+    layers = [tuple(pair) for pair in mlp]
+    given = {
+        f"mlp[{i}][{j}]": part
+        for i, pair in enumerate(layers)
+        for j, part in enumerate(pair)
+    }
+    given |= {"c": c, "threshold": threshold}
+    *flat, c, threshold = _check(here, given, add_to, out)
+    layers = list(zip(flat[::2], flat[1::2], strict=True))
+    if _plain((*flat, c, threshold), add_to, out):
+        return plain_fire_bias(
+            layers,
+            q_positions,
+            k_positions,
+            c=c.item(),
+            threshold=threshold.item(),
+            eps=eps,
+            add_to=add_to,
+            out=out,
+        )
+    c, threshold = c.double().abs(), threshold.double().abs()
+    grid = _grid(here, q_positions, k_positions)
+
+    def ratio(offsets, limit):
+        offsets, limit = offsets.to(flat[0].device), limit.to(flat[0].device)
+        return torch.log1p(c * offsets.abs()) / (torch.log1p(c * limit) + eps)
+
+    def network(x):
+        x = x[..., None]
+        for i, (weight, shift) in enumerate(layers):
+            x = torch.relu(x) if i else x
+            x = torch.nn.functional.linear(x, weight.double(), shift.double())
+        return x.movedim(-1, 0)
+
+    def make(dtype):
+        near, far = _split(grid, threshold)
+        parts = []
+        if near is not None:
+            parts.append(
+                _matrix(lambda offsets: network(ratio(offsets, threshold)), near, dtype)
+            )
+        if far is not None:
+            query = far.q.to(threshold.device, torch.float64)
+            query = torch.maximum(query, threshold)[..., :, None]
+            parts.append(
+                _matrix(lambda offsets: network(ratio(offsets, query)), far, dtype)
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+    return _finish(here, make, _common(*flat), add_to, out)
+
+
+def _split(grid, threshold):
+    """Return the grids of the queries below a threshold and of the others, or None."""
+    if not grid.is_consecutive() or not undisturbed() or threshold.is_meta:
+        return None, grid.apart()
+    below = math.ceil(min(max(threshold.item() - grid.q_start, 0), grid.n_query))
+    near = grid._replace(n_query=below) if below else None
+    return near, grid.apart(below) if below < grid.n_query else None
+
+
+# --- modules -------------------------------------------------------------------------
+
+
+def _places(function, n_query, n_key):
+    """Return the positions of the last queries of some keys."""
+    n_key = n_query if n_key is None else n_key
+    if _is_compiling():  # a range would fix the numbers in the graph
+        grid = _consecutive(n_key - n_query, n_query, 0, n_key)
+        return grid, grid
+    n_query = whole_number(function, "n_query", n_query, 0)
+    n_key = whole_number(function, "n_key", n_key, n_query)
+    return range(n_key - n_query, n_key), range(n_key)
+
+
+class T5Bias(torch.nn.Module):
+    """
+    Relative bias of T5, with its learned numbers.
+
+    The state dict is that of transformers' ``relative_attention_bias``.
+
+    Parameters
+    ----------
+    n_head : int
+        The number of heads H.
+    num_buckets : int, default 32
+        The number of buckets, for both directions together.
+    max_distance : int, default 128
+        The distance from which on all are in the last bucket.
+    bidirectional : bool, default True
+        Whether keys after the query have buckets of their own: True for encoders.
+    device, dtype : optional
+        Of the parameter.
+
+    Attributes
+    ----------
+    weight : torch.nn.Parameter, shape (num_buckets, H)
+        The learned numbers, normally distributed to begin with.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `posenc.t5_bucket` does, or if `n_head` is no whole number of at least 1.
+
+    See Also
+    --------
+    t5_bias : The function.
+
+    References
+    ----------
+    .. [1] Raffel et al., "Exploring the Limits of Transfer Learning with a Unified
+       Text-to-Text Transformer", 2020, section 2.1. https://arxiv.org/abs/1910.10683
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> relative = posenc.torch.T5Bias(8, bidirectional=False)
+    >>> bias = relative(10)  # of 10 queries and keys
+    >>> last = relative(1, 10)  # of the last query, with a cache
+    >>> bias.shape, torch.equal(last, bias[:, 9:])
+    (torch.Size([8, 10, 10]), True)
+    """
+
+    def __init__(
+        self,
+        n_head,
+        *,
+        num_buckets=32,
+        max_distance=128,
+        bidirectional=True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        here = "T5Bias"
+        n_head = whole_number(here, "n_head", n_head, 1)
+        num_buckets, self.max_distance, self.bidirectional = check_buckets(
+            here, bidirectional, num_buckets, max_distance
+        )
+        weight = torch.empty(num_buckets, n_head, device=device, dtype=dtype)
+        self.weight = torch.nn.Parameter(weight)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw the weight anew, as ``torch.nn.Embedding`` does."""
+        torch.nn.init.normal_(self.weight)
+
+    def forward(self, n_query, n_key=None, *, add_to=None):
+        """
+        Compute the bias of the last queries of some keys.
+
+        Parameters
+        ----------
+        n_query : int
+            The number of queries T.
+        n_key : int, optional
+            The number of keys S, as many as queries by default; more with a cache.
+        add_to : torch.Tensor, shape (..., H, T, S), optional
+            Logits to add the bias to, in place.
+
+        Returns
+        -------
+        torch.Tensor, shape (..., H, T, S)
+            The bias; `add_to` if it was given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a number is no whole one or `add_to` does not fit.
+        """
+        return t5_bias(
+            self.weight,
+            *_places("T5Bias", n_query, n_key),
+            bidirectional=self.bidirectional,
+            max_distance=self.max_distance,
+            add_to=add_to,
+        )
+
+    def extra_repr(self):
+        """Return what `repr` shows between the brackets."""
+        num_buckets, n_head = self.weight.shape
+        return (
+            f"{n_head}, num_buckets={num_buckets}, max_distance={self.max_distance}, "
+            f"bidirectional={self.bidirectional}"
+        )
+
+
+class ALiBi(torch.nn.Module):
+    """
+    Linear biases, with the slopes of their heads.
+
+    The slopes are float64 and no buffer: no change of the module's dtype rounds them,
+    and a state dict does not hold them.
+
+    Parameters
+    ----------
+    n_head : int
+        The number of heads H, any.
+    symmetric : bool, default False
+        Use the distance, as encoders do, and not the offset.
+
+    Attributes
+    ----------
+    slopes : torch.Tensor, shape (H,)
+        The slopes of the heads.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n_head` is no whole number of at least 1, or `symmetric` no bool.
+
+    See Also
+    --------
+    alibi_bias : The function.
+
+    References
+    ----------
+    .. [1] Press et al., "Train Short, Test Long: Attention with Linear Biases Enables
+       Input Length Extrapolation", 2022, section 3. https://arxiv.org/abs/2108.12409
+
+    Examples
+    --------
+    >>> import posenc.torch, torch
+    >>> alibi = posenc.torch.ALiBi(8)
+    >>> logits = torch.zeros(2, 8, 1, 3)
+    >>> alibi(1, 3, add_to=logits)[0, 0]  # of the last of three queries
+    tensor([[-1.0000, -0.5000,  0.0000]])
+    """
+
+    def __init__(self, n_head, *, symmetric=False):
+        super().__init__()
+        here = "ALiBi"
+        n_head = whole_number(here, "n_head", n_head, 1)
+        true_or_false(here, "symmetric", symmetric)
+        self.slopes = torch.from_numpy(alibi_slopes(n_head))
+        self.symmetric = bool(symmetric)
+
+    def forward(self, n_query, n_key=None, *, add_to=None, dtype=torch.float32):
+        """
+        Compute the bias of the last queries of some keys.
+
+        Parameters
+        ----------
+        n_query : int
+            The number of queries T.
+        n_key : int, optional
+            The number of keys S, as many as queries by default; more with a cache.
+        add_to : torch.Tensor, shape (..., H, T, S), optional
+            Logits to add the bias to, in place.
+        dtype : torch.dtype, default torch.float32
+            Of the result, without logits.
+
+        Returns
+        -------
+        torch.Tensor, shape (..., H, T, S)
+            The bias; `add_to` if it was given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a number is no whole one or `add_to` does not fit.
+        """
+        places = _places("ALiBi", n_query, n_key)
+        if add_to is None:
+            grid = _grid("ALiBi", *places)
+            return _linear(self.slopes, grid, self.symmetric, dtype)
+        return alibi_bias(self.slopes, *places, symmetric=self.symmetric, add_to=add_to)
+
+    def extra_repr(self):
+        """Return what `repr` shows between the brackets."""
+        return f"{len(self.slopes)}, symmetric={self.symmetric}"

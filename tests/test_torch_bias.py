@@ -1,0 +1,461 @@
+"""posenc.torch: relative biases with gradients, in compiled graphs, and as modules."""
+
+# SPDX-License-Identifier: BSD-3-Clause
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import reference  # noqa: E402
+from test_bias import MLP  # noqa: E402
+from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch_tools import Graphs, one_thread  # noqa: E402
+
+import posenc  # noqa: E402
+from posenc.torch import (  # noqa: E402
+    ALiBi,
+    T5Bias,
+    alibi_bias,
+    fire_bias,
+    kerple_bias,
+    t5_bias,
+)
+
+# Compilers of torch call it themselves.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Gradients that torch sums in float32, in other order: of about a thousand terms.
+SUM_TOLERANCE = 1e-5
+# Logarithms and powers of float64, by torch and by NumPy, and a few sums of them.
+FLOAT64_TOLERANCE = 1e-14
+
+# (queries, keys): all, a few of a cache, the last, in any order, batches of them.
+PLACES = {
+    "square": (range(9), range(9)),
+    "cache": (range(20, 25), range(25)),
+    "last": ([30], range(31)),
+    "shuffled": (torch.tensor([4, 1, 3]), torch.randperm(12)),
+    "batches": (torch.tensor([[4, 5], [1, 2]]), torch.arange(7)),
+    "nothing": (range(3), range(0)),
+}
+every_place = pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+
+
+@pytest.fixture(autouse=True)
+def on_one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def compiled():
+    """Return a function that compiles without graph breaks; clean up after it."""
+    torch._dynamo.reset()
+    yield lambda function, backend="aot_eager", **options: torch.compile(
+        function, backend=backend, fullgraph=True, **options
+    )
+    torch._dynamo.reset()
+
+
+def parameters(family, dtype=torch.float64):
+    """Return the learned numbers of a family, and the function of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*values):
+        return torch.tensor(values, dtype=dtype).requires_grad_()
+
+    if family == "t5":
+        weight = torch.randn(32, 3, generator=generator, dtype=torch.float64)
+        return [weight.to(dtype).requires_grad_()], t5_bias
+    slopes, r2 = leaf(0.5, 0.1, 2.0), leaf(1.0, 0.3, 1.7)
+    if family in ("alibi", "symmetric"):
+        options = {"symmetric": family == "symmetric"}
+        return [slopes], lambda s, q, k, **o: alibi_bias(s, q, k, **options, **o)
+    if family in ("log", "power"):
+        return [slopes, r2], lambda a, b, q, k, **o: kerple_bias(
+            a, b, q, k, kernel=family, **o
+        )
+    flat = [torch.tensor(part, dtype=dtype).requires_grad_() for p in MLP for part in p]
+    numbers = leaf(0.3).squeeze(), leaf(5.5).squeeze()
+
+    def function(*given, **options):
+        *layers, c, threshold, q, k = given
+        pairs = list(zip(layers[::2], layers[1::2], strict=True))
+        return fire_bias(pairs, q, k, c=c, threshold=threshold, **options)
+
+    return [*flat, *(t.detach().requires_grad_() for t in numbers)], function
+
+
+FAMILIES = ("t5", "alibi", "symmetric", "log", "power", "fire")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def oracle(family, given, q, k):
+    """Each element by itself, in torch: what autograd makes of the formula."""
+    q, k = torch.as_tensor(q), torch.as_tensor(k)
+    offset = k[..., None, :] - q[..., :, None]
+    distance = offset.abs().double()
+    if family == "t5":
+        bucket = posenc.t5_bucket(offset.long())
+        return torch.nn.functional.embedding(bucket, given[0]).movedim(-1, -3)
+    if family == "fire":
+        *flat, c, threshold = given
+        limit = torch.maximum(q.double(), threshold.abs())[..., :, None]
+        x = torch.log((c * distance).abs() + 1)
+        x = (x / (torch.log((c * limit).abs() + 1) + 1e-6))[..., None]
+        for i, (weight, shift) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
+            x = torch.nn.functional.linear(torch.relu(x) if i else x, weight, shift)
+        return x.movedim(-1, -3)
+    a, b = (t[:, None, None] for t in (given[0], given[-1]))
+    if family in ("alibi", "symmetric"):
+        return a * (-distance if family == "symmetric" else offset)[..., None, :, :]
+    distance = distance[..., None, :, :]
+    return -a * (torch.log(1 + b * distance) if family == "log" else distance**b)
+
+
+# --- values and gradients ------------------------------------------------------------
+
+
+@every_family
+@every_place
+def test_gradients_are_those_of_the_formula(family, places):
+    given, function = parameters(family)
+    got, want = function(*given, *places), oracle(family, given, *places)
+    assert got.shape == want.shape
+    assert torch.allclose(got, want, rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
+    weight = torch.randn(got.shape, dtype=torch.float64)
+    ours = torch.autograd.grad(got, given, weight)
+    theirs = torch.autograd.grad(want, given, weight)
+    for own, other in zip(ours, theirs, strict=True):
+        size = 1 + other.abs().max()
+        assert torch.allclose(own, other, rtol=0, atol=1e-12 * float(size))
+
+
+@every_family
+@every_place
+def test_finite_differences(family, places):
+    given, function = parameters(family)
+    assert gradcheck(lambda *numbers: function(*numbers, *places), given)
+
+
+@pytest.mark.parametrize("family", ["t5", "alibi", "log", "power"])
+def test_second_differences(family):
+    given, function = parameters(family)
+    assert gradgradcheck(lambda *n: function(*n, range(2, 5), range(6)).square(), given)
+
+
+@every_family
+@every_place
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_are_those_of_the_plain_function(family, places, dtype):
+    """With gradients or without: the same bits, but where float64 itself is meant."""
+    given, function = parameters(family, dtype)
+    with torch.no_grad():
+        want = function(*given, *places)
+    got = function(*given, *places)
+    assert got.requires_grad
+    assert not want.requires_grad
+    assert got.dtype == want.dtype == dtype
+    if family in ("t5", "alibi", "symmetric"):
+        assert torch.equal(got, want)
+    else:
+        eps = torch.finfo(dtype).eps  # a last bit of float64 may move a rounding
+        assert torch.allclose(got, want, rtol=eps, atol=FLOAT64_TOLERANCE)
+
+
+def test_gradients_of_t5_are_those_of_transformers():
+    models = pytest.importorskip("transformers.models.t5.modeling_t5")
+    config = pytest.importorskip("transformers").T5Config(num_heads=6)
+    for is_decoder in (False, True):
+        config.is_decoder = is_decoder
+        theirs = models.T5Attention(
+            config, has_relative_attention_bias=True, layer_idx=0
+        )
+        torch.nn.init.normal_(theirs.relative_attention_bias.weight)
+        ours = T5Bias(6, bidirectional=not is_decoder)
+        ours.load_state_dict(theirs.relative_attention_bias.state_dict())
+        want = theirs.compute_bias(300, 500, past_seen_tokens=200)[0]
+        got = ours(300, 500)
+        assert torch.equal(got, want)
+        grad = torch.randn_like(want)
+        want.backward(grad)
+        got.backward(grad)
+        want, got = theirs.relative_attention_bias.weight.grad, ours.weight.grad
+        size = float(want.abs().max())
+        assert torch.allclose(got, want, rtol=0, atol=SUM_TOLERANCE * size)
+        # And by float64, to the last bit but one of float32.
+        bucket = posenc.t5_bucket(
+            torch.arange(500)[None] - torch.arange(200, 500)[:, None],
+            bidirectional=not is_decoder,
+        )
+        exact = torch.zeros(32, 6, dtype=torch.float64).index_add_(
+            0, bucket.flatten(), grad.double().flatten(1).T
+        )
+        assert torch.allclose(got.double(), exact, rtol=2.0**-22, atol=1e-9 * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_gradients_for_any_number_of_threads(dtype):
+    grads = []
+    try:
+        for n in (1, 2, 3, 4):
+            posenc.set_num_threads(n)
+            torch.set_num_threads(n)
+            (weight,), _ = parameters("t5", dtype)
+            torch.manual_seed(1)
+            bias = t5_bias(weight, range(500), range(600))
+            bias.backward(torch.randn(bias.shape).to(dtype))
+            grads.append(weight.grad)
+    finally:
+        posenc.set_num_threads(None)
+        torch.set_num_threads(1)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    assert grads[0].dtype == dtype
+
+
+@every_family
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_added_to(family, dtype):
+    real = torch.promote_types(torch.float32, dtype)
+    given, function = parameters(family, real)
+    torch.manual_seed(2)
+    leaf = torch.randn(2, 3, 5, 9, dtype=dtype, requires_grad=True)
+    logits = leaf * 1
+    result = function(*given, range(4, 9), range(9), add_to=logits)
+    assert result is logits
+    with torch.no_grad():
+        bias = function(*given, range(4, 9), range(9))
+        want = (leaf + bias).to(dtype)
+        eps = torch.finfo(dtype).eps
+        assert torch.allclose(result, want, rtol=eps, atol=1e-6)
+        plain = leaf * 1
+        assert function(*given, range(4, 9), range(9), add_to=plain) is plain
+        assert torch.allclose(plain, want, rtol=eps, atol=1e-6)
+        out = torch.zeros_like(plain)
+        more = {"add_to": leaf.detach(), "out": out}
+        assert function(*given, range(4, 9), range(9), **more) is out
+        assert torch.equal(out, plain)
+    grad = torch.randn_like(result)
+    grads = torch.autograd.grad(result, [leaf, *given], grad)
+    assert torch.equal(grads[0], grad)
+    again = function(*given, range(4, 9), range(9))
+    wanted = torch.autograd.grad(again, given, grad.to(real).sum(0))
+    for got, other in zip(grads[1:], wanted, strict=True):
+        size = float(1 + other.abs().max())
+        assert torch.allclose(got, other, rtol=0, atol=SUM_TOLERANCE * size)
+
+
+def test_transforms_of_torch_func():
+    (slopes,), _ = parameters("alibi")
+    slopes = slopes.detach()
+
+    def loss(slopes):
+        return alibi_bias(slopes, range(3), range(5)).square().sum()
+
+    squares = posenc.alibi_bias([1.0], range(3), range(5)) ** 2
+    want = 2 * slopes * squares.sum()
+    assert torch.allclose(torch.func.grad(loss)(slopes), want)
+    _, tangent = torch.func.jvp(loss, (slopes,), (torch.ones_like(slopes),))
+    assert torch.allclose(tangent, want.sum())
+    batch = torch.stack([slopes, 2 * slopes])
+    got = torch.func.vmap(torch.func.grad(loss))(batch)
+    assert torch.allclose(got, torch.stack([want, 2 * want]))
+    hessian = torch.func.hessian(loss)(slopes)
+    assert torch.allclose(
+        hessian, torch.eye(3, dtype=torch.float64) * 2 * squares.sum()
+    )
+
+
+# --- compiled ------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_results_and_gradients(family, backend, compiled):
+    given, function = parameters(family)
+    q, k = torch.tensor([4, 1, 3]), torch.arange(9)
+    for places in ((range(4, 9), range(9)), (q, k)):
+        fast = compiled(lambda *n, p=places: function(*n, *p), backend)
+        got, want = fast(*given), function(*given, *places)
+        close = {"rtol": 1e-12, "atol": 1e-12}
+        assert torch.allclose(got, want, **close)
+        ours = torch.autograd.grad(got.square().sum(), given)
+        theirs = torch.autograd.grad(want.square().sum(), given)
+        for own, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(own, other, **close)
+
+
+def test_compiled_modules_of_any_length_hold_one_operator_each(compiled):
+    graphs = Graphs()
+    t5, alibi = T5Bias(3), ALiBi(3)
+
+    def biases(logits):
+        n_query, n_key = logits.shape[-2:]
+        logits = alibi(n_query, n_key, add_to=logits)
+        return t5(n_query, n_key) + logits
+
+    step = compiled(biases, graphs, dynamic=True)
+    for n_query, n_key in ((5, 9), (4, 12), (2, 7)):
+        logits = torch.randn(2, 3, n_query, n_key)
+        want = biases(logits.clone())
+        assert torch.allclose(step(logits), want)
+    assert len(graphs) == 1
+    trained = compiled(biases, "inductor", dynamic=True)
+    for n_query, n_key in ((5, 9), (4, 12)):
+        t5.weight.grad = None
+        trained(torch.zeros(3, n_query, n_key)).sum().backward()
+        got, t5.weight.grad = t5.weight.grad, None
+        t5(n_query, n_key).sum().backward()
+        assert torch.allclose(got, t5.weight.grad)
+
+
+@pytest.mark.parametrize("operator", ["bias_spread", "bias_collect", "t5_bucket"])
+def test_operators_pass_opcheck(operator):
+    arguments = {
+        "bias_spread": (torch.randn(2, 3, 12, dtype=torch.float64), 4, torch.bfloat16),
+        "bias_collect": (torch.randn(2, 3, 4, 9),),
+        "t5_bucket": (torch.arange(-9, 9), 32, 128, True),
+    }[operator]
+    torch.library.opcheck(getattr(torch.ops.posenc, operator).default, arguments)
+
+
+def test_meta_tensors_give_meta_tensors():
+    with torch.device("meta"):
+        module = T5Bias(8)
+        assert module.weight.is_meta
+    for family in FAMILIES:
+        given, function = parameters(family)
+        given = [t.detach().to("meta") for t in given]
+        for places in ((range(5), range(9)), (torch.tensor([4, 1]), torch.arange(9))):
+            bias = function(*given, *places)
+            assert bias.is_meta
+            assert bias.shape == (3, len(places[0]), 9)
+
+
+# --- modules -------------------------------------------------------------------------
+
+
+def test_modules_give_the_last_rows_with_a_cache():
+    for module in (T5Bias(5), T5Bias(5, bidirectional=False), ALiBi(5), ALiBi(6)):
+        whole = module(40)
+        assert whole.shape[-2:] == (40, 40)
+        for n in (1, 3, 40):
+            assert torch.equal(module(n, 40), whole[:, 40 - n :])
+            logits = torch.zeros(2, *whole.shape)[:, :, 40 - n :]
+            with torch.no_grad():
+                assert module(n, 40, add_to=logits) is logits
+            assert torch.equal(logits[1], whole[:, 40 - n :])
+
+
+def test_module_state():
+    t5, alibi = T5Bias(4, num_buckets=16), ALiBi(4)
+    assert list(t5.state_dict()) == ["weight"]
+    assert t5.weight.shape == (16, 4)
+    assert list(alibi.state_dict()) == []
+    assert repr(t5) == (
+        "T5Bias(4, num_buckets=16, max_distance=128, bidirectional=True)"
+    )
+    assert repr(alibi) == "ALiBi(4, symmetric=False)"
+    assert T5Bias(4, dtype=torch.bfloat16)(3).dtype == torch.bfloat16
+    alibi = copy.deepcopy(alibi).bfloat16()
+    reference.same_bits(alibi.slopes.numpy(), posenc.alibi_slopes(4))
+    assert alibi(3).dtype == torch.float32
+    assert alibi(3, dtype=torch.float16).dtype == torch.float16
+    symmetric = ALiBi(4, symmetric=True)(5, dtype=torch.float64)
+    want = posenc.alibi_bias(posenc.alibi_slopes(4), range(5), range(5), symmetric=True)
+    reference.same_bits(symmetric.numpy(), want)
+
+
+def test_t5_bias_can_be_learned():
+    """A head that prefers the key before the query."""
+    torch.manual_seed(0)
+    module = T5Bias(1, bidirectional=False)
+    optimiser = torch.optim.Adam(module.parameters(), lr=0.1)
+    values = torch.randn(64, 32, 1)
+    for _ in range(60):
+        hidden = torch.ones(32, 32, dtype=torch.bool).triu(1)
+        weights = module(32).masked_fill(hidden, -torch.inf).softmax(-1)
+        loss = ((weights @ values)[:, 1:] - values[:, :-1]).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.2
+    assert int(module.weight[:, 0].argmax()) == 1
+
+
+# --- bad input -----------------------------------------------------------------------
+
+WEIGHT = torch.zeros(32, 3, requires_grad=True)
+LOGITS = torch.zeros(3, 5, 9)
+ERRORS = [
+    (
+        lambda: t5_bias(WEIGHT, range(5), [[0.5]]),
+        TypeError,
+        "k_positions must be whole",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, 5, range(5)),
+        ValueError,
+        "q_positions must have at least",
+    ),
+    (lambda: t5_bias(WEIGHT[0], range(5), range(9)), ValueError, "weight must be of"),
+    (lambda: t5_bias(WEIGHT[:2], range(5), range(9)), ValueError, "weight must hold"),
+    (
+        lambda: t5_bias(WEIGHT, range(5), range(9), max_distance=3),
+        ValueError,
+        "max_distance must be above 8",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, range(5), range(9), out=LOGITS),
+        TypeError,
+        "out must be None where gradients are needed",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, range(5), range(9), add_to=LOGITS.long()),
+        TypeError,
+        "add_to must be float16, bfloat16, float32 or float64; got dtype int64",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, range(5), range(8), add_to=LOGITS.clone()),
+        ValueError,
+        "add_to must be of shape (..., H, T, S) = (..., 3, 5, 8); got shape (3, 5, 9)",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, range(5), range(9), add_to=[1.0]),
+        TypeError,
+        "add_to must be a torch.Tensor; got list",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, torch.ones(2, 5).long(), torch.ones(3, 9).long()),
+        ValueError,
+        "k_positions must have leading axes that broadcast",
+    ),
+    (
+        lambda: kerple_bias(-WEIGHT[:3, 0].exp(), WEIGHT[:3, 0], [1], [1]),
+        ValueError,
+        "r1 must hold finite numbers above 0; got -1.0",
+    ),
+    (lambda: T5Bias(0), ValueError, "n_head must be a whole number"),
+    (lambda: T5Bias(4, num_buckets=3), ValueError, "num_buckets must be a whole"),
+    (lambda: T5Bias(4)(3, 2), ValueError, "n_key must be a whole number of at least 3"),
+    (lambda: ALiBi(4)(2.0), TypeError, "n_query must be a whole number"),
+    (lambda: ALiBi(4, symmetric=1), TypeError, "symmetric must be True or False"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS)
+def test_bad_input(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+def test_numbers_of_numpy_are_taken():
+    slopes = posenc.alibi_slopes(3)
+    got = alibi_bias(slopes, np.arange(3), range(5))
+    want = posenc.alibi_bias(slopes, range(3), range(5))
+    reference.same_bits(got.numpy(), want)
