@@ -14,6 +14,7 @@ import torch
 
 import posenc
 
+from .added import added_cases
 from .bias import bias_cases
 from .cope import cope_cases
 from .cope_peers import COPE_PEERS, N_POSITION, Bias, between, counted
@@ -281,6 +282,7 @@ def all_cases(peers=EVERYBODY):
             for step in ("cope_gates", "cope_positions", "cope_interpolate")
         ),
         *cope_cases(peers),
+        *added_cases(),
         *bias_cases(),
         *model_cases(),
     ]

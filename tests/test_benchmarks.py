@@ -4,6 +4,7 @@
 
 import functools
 import operator
+import re
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("transformers")
 
 import cope_listing  # noqa: E402
 
-from benchmarks import bias, cope, cope_peers, memory, peers, report  # noqa: E402
+from benchmarks import added, bias, cope, cope_peers, memory, peers, report  # noqa: E402
 from benchmarks.__main__ import updated  # noqa: E402
 from benchmarks.cases import all_cases, cope_step, rotation  # noqa: E402
 from benchmarks.timing import Run, measure, nested  # noqa: E402
@@ -270,3 +271,22 @@ def test_buckets_and_slopes_are_timed():
         for run in runs.values():
             run.call()
         assert facts["error"] in ("same bits", "-")
+
+
+def test_added_tables_agree_with_those_of_others():
+    for make, error in (
+        (added.add_sinusoidal, r"[0-9.]+e-0[5-9]"),
+        (added.add_learned, "same bits"),
+    ):
+        runs, facts = make(2, 40).prepare(1)
+        assert re.fullmatch(error, facts["error"])
+        assert {peer for peer, _ in runs} > {"copy", "posenc"}
+        for run in runs.values():
+            run.call()
+
+
+def test_tables_are_made_and_extended():
+    for make in (added.sinusoidal, added.sinusoidal_grid, added.extend_table):
+        runs, _ = make().prepare(1)
+        for run in runs.values():
+            run.call()
