@@ -196,7 +196,7 @@ def test_out_may_be_the_input(spec, types, n_pair, which):
 
 @every_gufunc
 def test_out_may_be_any_operand_of_its_shape(spec):
-    if spec.name in ROTATIONS:
+    if {"n", "m"} <= {name for core in spec.cores for name in core}:
         pytest.skip("a table is narrower than the result")
     sizes = {"n": 70, "m": 70}  # past the blocks that a kernel keeps in registers
     for which in range(spec.ufunc.nin):
