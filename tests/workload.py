@@ -128,9 +128,7 @@ def bias_digests():
         strided = posenc.t5_bias(weight, *places, add_to=logits[..., ::-1], out=spread)
         sums = np.zeros((shape[0], sum(shape[1:]) - 1))
         posenc._core.bias_collect_arrays(added, sums)
-        sums[np.isnan(sums)] = (
-            np.nan
-        )  # sums of the inside: which NaN is nobody's business
+        sums[np.isnan(sums)] = np.nan  # which NaN is left open
         yield f"bias {types} {shape}", [added, strided, sums]
 
 
