@@ -56,7 +56,8 @@ def rope_decay(distance, inv_freq, *, dtype=np.float64, out=None):
     Notes
     -----
     The angles are exact, as in `rope_table`. A sum is within ``M * 2**-47`` of the true
-    one for every finite distance, and depends on its own distance only.
+    one for every finite distance, before it is rounded to float32 if that is asked for,
+    and depends on its own distance only.
 
     The paper groups the product of a query and a key by pairs (eq. 35) and bounds it by
     the partial sums of ``exp(1j * distance * inv_freq)`` (eq. 37); twice the real part
