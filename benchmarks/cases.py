@@ -188,6 +188,53 @@ def frequencies():
     return _fixed("rope_inv_freq float32", runs, error, one_thread=True)
 
 
+def decay():
+    """Sum cosines by rope_decay, and by NumPy with angles that are rounded."""
+    inv_freq, _ = posenc.rope_inv_freq(HEAD_DIM)
+    distance = np.arange(TABLE_LENGTH, dtype=np.float64)
+    out = np.empty(TABLE_LENGTH)
+
+    def theirs():
+        return 2 * np.cos(distance[:, None] * inv_freq).sum(-1)
+
+    runs = {
+        ("posenc", "out given"): lambda: posenc.rope_decay(distance, inv_freq, out=out),
+        ("NumPy", "fresh"): theirs,
+    }
+    error = _compare([posenc.rope_decay(distance, inv_freq)], [theirs()])
+    return _fixed(f"rope_decay, {TABLE_LENGTH} x {N_PAIR}", runs, error)
+
+
+def similarity(length=1024):
+    """Multiply sinusoidal rows by sinusoidal_similarity, and by NumPy."""
+    dim, positions = 512, np.arange(length, dtype=np.float64)
+    angle = positions[:, None] * 10000.0 ** (-2 * np.arange(dim // 2) / dim)
+
+    def theirs():
+        rows = np.concatenate([np.sin(angle), np.cos(angle)], -1)
+        return rows @ rows.T
+
+    def ours():
+        return posenc.sinusoidal_similarity(positions, positions, dim)
+
+    runs = {("posenc", "fresh"): ours, ("NumPy", "fresh"): theirs}
+    error = _compare([ours()], [theirs()])
+    return _fixed(f"sinusoidal_similarity, {length} x {dim}", runs, error)
+
+
+def periods():
+    """Compute rope_period, wavelengths and complete_turns, which are small."""
+    inv_freq, _ = posenc.rope_inv_freq(HEAD_DIM)
+    runs = {
+        ("posenc", "rope_period"): lambda: posenc.rope_period(HEAD_DIM),
+        ("posenc", "wavelengths"): lambda: posenc.wavelengths(inv_freq),
+        ("posenc", "complete_turns"): lambda: posenc.complete_turns(inv_freq, 4096),
+        ("NumPy", "fresh"): lambda: 2 * np.pi / inv_freq,
+    }
+    error = _compare([posenc.wavelengths(inv_freq)], [2 * np.pi / inv_freq])
+    return _fixed("wavelengths and periods", runs, error, one_thread=True)
+
+
 def dense_matrix():
     """Rotate one vector by rope, and by multiplying with rope_matrix."""
     vector = np.linspace(-1, 1, HEAD_DIM)
@@ -275,6 +322,9 @@ def all_cases(peers=EVERYBODY):
         ("rope_table exact", lambda: table("exact")),
         ("rope_table float32", lambda: table("float32")),
         ("rope_inv_freq", frequencies),
+        ("rope_decay", decay),
+        ("sinusoidal_similarity", similarity),
+        ("wavelengths", periods),
         ("rope_matrix", dense_matrix),
         ("permute_layout", weights),
         *(

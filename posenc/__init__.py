@@ -19,6 +19,13 @@ from ._bias import (
 )
 from ._cope import cope_bias, cope_gates, cope_interpolate, cope_positions
 from ._cope_attention import cope_attention
+from ._decay import (
+    complete_turns,
+    rope_decay,
+    rope_period,
+    sinusoidal_similarity,
+    wavelengths,
+)
 from ._learned import add_learned, extend_table
 from ._rope import (
     permute_layout,
@@ -41,6 +48,7 @@ __all__ = [
     "alibi_bias",
     "alibi_slopes",
     "build_info",
+    "complete_turns",
     "cope_attention",
     "cope_bias",
     "cope_gates",
@@ -54,15 +62,19 @@ __all__ = [
     "rope",
     "rope_cis",
     "rope_complex",
+    "rope_decay",
     "rope_inv_freq",
     "rope_matrix",
+    "rope_period",
     "rope_qk",
     "rope_table",
     "sandwich_bias",
     "set_num_threads",
     "sinusoidal",
     "sinusoidal_grid",
+    "sinusoidal_similarity",
     "t5_bias",
     "t5_bucket",
     "ufunc",
+    "wavelengths",
 ]

@@ -19,8 +19,6 @@ from ._scaling_check import (
     trained_length,
 )
 
-_HERE = "rope_inv_freq"
-
 
 class Rotation(NamedTuple):
     """What a scaling scales, and the name of the function that words its errors."""
@@ -355,22 +353,29 @@ def rope_inv_freq(dim, *, theta=10000.0, scaling=None, seq_len=None, dtype=np.fl
     >>> round(attention_factor, 3)
     1.139
     """
-    dim = whole_number(_HERE, "dim", dim, 2)
+    return checked_frequencies("rope_inv_freq", dim, theta, scaling, seq_len, dtype)
+
+
+def checked_frequencies(function, dim, theta, scaling, seq_len, dtype):
+    """Do all of `rope_inv_freq`, its checks too, for `function`."""
+    dim = whole_number(function, "dim", dim, 2)
     if dim % 2:
-        raise ValueError(must(_HERE, "dim", "be even", dim))
+        raise ValueError(must(function, "dim", "be even", dim))
     if seq_len is not None:
-        seq_len = whole_number(_HERE, "seq_len", seq_len, 1)
+        seq_len = whole_number(function, "seq_len", seq_len, 1)
         if seq_len > MAX_LENGTH:
-            raise ValueError(must(_HERE, "seq_len", "be at most 2**53", seq_len))
-    dtype = real_dtype(_HERE, dtype)
+            raise ValueError(must(function, "seq_len", "be at most 2**53", seq_len))
+    dtype = real_dtype(function, dtype)
     scaling = {} if scaling is None else scaling
     if not isinstance(scaling, Mapping):
-        raise TypeError(must(_HERE, "scaling", "be a dict", repr(scaling)))
+        raise TypeError(must(function, "scaling", "be a dict", repr(scaling)))
     nested = [key for key, value in scaling.items() if isinstance(value, Mapping)]
     if nested:
         rule = "be one set of RoPE parameters, not one per layer type"
-        raise ValueError(must(_HERE, "scaling", rule, f"entries {nested}"))
+        raise ValueError(must(function, "scaling", rule, f"entries {nested}"))
     is_named = "rope_type" in scaling or "type" in scaling
     if not is_named and not TELLING.isdisjoint(scaling):
-        raise ValueError(must(_HERE, "scaling", "name its 'rope_type'", repr(scaling)))
-    return frequencies(_HERE, dim, theta, scaling, seq_len, dtype)
+        raise ValueError(
+            must(function, "scaling", "name its 'rope_type'", repr(scaling))
+        )
+    return frequencies(function, dim, theta, scaling, seq_len, dtype)
