@@ -172,6 +172,76 @@ def table(angles):
     return _fixed(name, runs, error, pairs=TABLE_LENGTH * N_PAIR)
 
 
+def axial_table(side=64):
+    """Make the table of a grid by rope_table_axial, and as Qwen2-VL does."""
+    inv_freq, _ = posenc.rope_inv_freq(N_PAIR)
+    float_freq = torch.from_numpy(inv_freq).float()
+    out = tuple(np.empty((side, side, N_PAIR), np.float32) for _ in "cs")
+
+    def ours():
+        posenc.rope_table_axial((side, side), inv_freq, out=out)
+
+    def theirs():
+        rows, columns = torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij")
+        parts = [p.float()[..., None] * float_freq for p in (rows, columns)]
+        angle = torch.cat(parts, -1)
+        return angle.cos(), angle.sin()
+
+    ours()
+    runs = {("posenc", "out given"): ours, ("torch", "fresh"): theirs}
+    error = _compare(out, [t.numpy() for t in theirs()])
+    return _fixed(f"rope_table_axial, {side} x {side} x {N_PAIR}", runs, error)
+
+
+def sections_table(length=2048):
+    """Make the table of M-RoPE by rope_table_sections, and as Qwen3-VL does."""
+    sections, inv_freq = [24, 20, 20], posenc.rope_inv_freq(2 * N_PAIR)[0]
+    float_freq = torch.from_numpy(inv_freq).float()
+    positions = torch.randint(length, (3, length))
+    out = torch.empty(length, N_PAIR), torch.empty(length, N_PAIR)
+
+    def ours():
+        posenc.rope_table_sections(
+            positions, inv_freq, sections, interleaved=True, out=out
+        )
+
+    def theirs():
+        angle = positions[..., None].float() * float_freq
+        tables = angle.cos(), angle.sin()
+        for table in tables:
+            for axis in (1, 2):
+                pairs = slice(axis, 3 * sections[axis], 3)
+                table[0][..., pairs] = table[axis][..., pairs]
+        return tables[0][0], tables[1][0]
+
+    ours()
+    runs = {("posenc", "out given"): ours, ("torch", "fresh"): theirs}
+    error = _compare([t.numpy() for t in out], [t.numpy() for t in theirs()])
+    return _fixed(f"rope_table_sections interleaved, {length}", runs, error)
+
+
+def xpos_table(length=2048):
+    """Make the table of keys by rope_table_xpos, and by torchscale's recipe."""
+    inv_freq, _ = posenc.rope_inv_freq(2 * N_PAIR)
+    float_freq = torch.from_numpy(inv_freq).float()
+    zeta = (torch.arange(N_PAIR) / N_PAIR + 0.4) / 1.4
+    positions = torch.arange(length)
+    out = torch.empty(length, N_PAIR), torch.empty(length, N_PAIR)
+
+    def ours():
+        posenc.rope_table_xpos(positions, inv_freq, keys=True, out=out)
+
+    def theirs():
+        positions_ = positions.float()[:, None]
+        angle, scale = positions_ * float_freq, 1 / zeta ** (positions_ / 512)
+        return angle.cos() * scale, angle.sin() * scale
+
+    ours()
+    runs = {("posenc", "out given"): ours, ("torch", "fresh"): theirs}
+    error = _compare([t.numpy() for t in out], [t.numpy() for t in theirs()])
+    return _fixed(f"rope_table_xpos, {length}", runs, error)
+
+
 def frequencies():
     """Make frequencies by rope_inv_freq, and as transformers does."""
     from transformers import LlamaConfig
@@ -321,6 +391,9 @@ def all_cases(peers=EVERYBODY):
         ("rope_complex", complex_product),
         ("rope_table exact", lambda: table("exact")),
         ("rope_table float32", lambda: table("float32")),
+        ("rope_table_axial", axial_table),
+        ("rope_table_sections", sections_table),
+        ("rope_table_xpos", xpos_table),
         ("rope_inv_freq", frequencies),
         ("rope_decay", decay),
         ("sinusoidal_similarity", similarity),

@@ -36,6 +36,7 @@ from ._rope import (
     rope_qk,
     rope_table,
 )
+from ._rope_variants import rope_table_axial, rope_table_sections, rope_table_xpos
 from ._runtime import build_info, get_num_threads, set_num_threads
 from ._scaling import rope_inv_freq
 from ._sinusoidal import add_sinusoidal, sinusoidal, sinusoidal_grid
@@ -68,6 +69,9 @@ __all__ = [
     "rope_period",
     "rope_qk",
     "rope_table",
+    "rope_table_axial",
+    "rope_table_sections",
+    "rope_table_xpos",
     "sandwich_bias",
     "set_num_threads",
     "sinusoidal",

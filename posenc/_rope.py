@@ -14,7 +14,7 @@ from ._rope_check import (
     Call,
     fill_table,
     pair,
-    share_memory,
+    table_pair,
     table_result,
 )
 from ._rope_rows import rows_for
@@ -394,16 +394,10 @@ def rope_table(
     positions = real_array("rope_table", "positions", positions)
     inv_freq = real_array("rope_table", "inv_freq", inv_freq)
     shape, form = positions.shape + inv_freq.shape, (dtype, tensor)
-    outs = pair("rope_table", out)
-    (cos_answer, cos), (sin_answer, sin) = (
-        table_result("rope_table", f"out[{i}]", outs[i], shape, *form) for i in (0, 1)
-    )
-    if share_memory(cos, sin):
-        rule = "hold two arrays that do not overlap"
-        raise ValueError(must("rope_table", "out", rule, "overlapping arrays"))
+    answers, (cos, sin) = table_pair("rope_table", out, shape, *form)
     fill_table("rope_table", positions, inv_freq, attention_factor, angles, cos, sin)
-    tensors.mark_changed(*outs)
-    return cos_answer, sin_answer
+    tensors.mark_changed(*(out or ()))
+    return answers
 
 
 def rope_cis(

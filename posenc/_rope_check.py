@@ -422,6 +422,19 @@ def table_result(function, parameter, out, shape, dtype, tensor):
     return out, out
 
 
+def table_pair(function, out, shape, dtype, tensor):
+    """Return the two tables that the user gets, and the arrays of their memory."""
+    outs = pair(function, out)
+    (cos_answer, cos), (sin_answer, sin) = (
+        table_result(function, f"out[{i}]", outs[i], shape, dtype, tensor)
+        for i in (0, 1)
+    )
+    if share_memory(cos, sin):
+        rule = "hold two arrays that do not overlap"
+        raise ValueError(must(function, "out", rule, "overlapping arrays"))
+    return (cos_answer, sin_answer), (cos, sin)
+
+
 def fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin):
     """Write a table; its arrays have been checked."""
     one_of(function, "angles", angles, ANGLES)
