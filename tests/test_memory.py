@@ -48,7 +48,7 @@ GOOD = (
     "rope_table(positions, inv_freq)",
     "rope_table(positions, inv_freq, dtype='f8', out=(wide, wide.copy()))",
     "rope_table_axial((4, positions), inv_freq)",
-    "rope_table_sections(wide.T, inv_freq, [1, 1, 1], dtype='f8', out=(wide, wide + 0))",
+    "rope_table_sections(wide.T, inv_freq, [1] * 3, dtype='f8', out=(wide, wide + 0))",
     "rope_table_xpos(positions, inv_freq, keys=True)",
     "rope_cis(positions, inv_freq)",
     "rope_matrix(positions, inv_freq)",
