@@ -1073,3 +1073,17 @@ def test_what_does_not_continue_a_cache():
     with pytest.raises(TypeError) as caught:
         CoPEAttention(8, 2)(torch.zeros(1, 3, 8), cache=(k, k))
     assert str(caught.value) == "CoPEAttention: cache must be a KVCache; got tuple"
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e8, 1e12])
+def test_gradients_of_large_logits_keep_weights_below_one(factor):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, embedding = (
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((16, 8), (16, 8), (16, 8), (8, 4))
+    )
+    out = cope_attention(q * factor, k, v, embedding)
+    out.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v, embedding))
+    assert (v.grad >= 0).all()
+    torch.testing.assert_close(v.grad.sum(0), torch.full((8,), 16.0))
