@@ -326,7 +326,8 @@ def rope_table_xpos(
         got = f"shape {inv_freq.shape}"
         raise ValueError(must(here, "inv_freq", "have one axis", got))
     zeta = (np.arange(inv_freq.size) / max(inv_freq.size, 1) + gamma) / (1 + gamma)
-    power = positions - reference
+    with np.errstate(over="ignore"):
+        power = positions - reference
     _stay_in_range(here, positions, power, reference, scale_base, zeta, dtype)
     power = (-power if keys else power) / scale_base
     scale = zeta ** power[..., None]

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -439,6 +440,17 @@ def test_xpos_of_tensors():
     assert same([table.numpy() for table in got], want)
     q = torch.ones(2, 4, 6, dtype=torch.bfloat16)
     assert rope(q, *got).dtype is torch.bfloat16
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        odd = [np.nan, np.inf, 1.0]
+        rope_table_axial((odd, 2), [1e300, 1e-320, 1.0])
+        rope_table_sections(odd, [1e300, 1e-320, 1.0], [1, 1, 1], interleaved=True)
+        rope_table_xpos([35000, -35000], [1.0, np.inf], attention_factor=1e300)
+        rope_table_xpos([35000, -35000], [1e300, 0.5], attention_factor=1e-300)
+        rope_table_xpos(1.0, [1.0], gamma=5e-324, scale_base=1e300)
 
 
 def test_inputs_are_left_alone():
