@@ -368,6 +368,7 @@ def rope_table(
     rope_inv_freq : The frequencies.
     rope : Use the table.
     rope_cis : The same as one complex table.
+    rope_table_axial, rope_table_sections, rope_table_xpos : Other rotations.
 
     Notes
     -----

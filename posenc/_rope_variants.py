@@ -291,6 +291,7 @@ def rope_table_xpos(
     ``zeta_i = (i / M + gamma) / (1 + gamma)`` and
     ``e = (position - reference) / scale_base``, for keys -e. Float32 entries are within
     0.501 ulp of it, float64 entries within 1e-15 (1 + abs(e)) of their size.
+    This is for causal attention: a key that comes after the query would grow.
     torchscale and others set the reference to the middle of each sequence, so that a
     cached key has another scale at the next step; scores are the same for any one
     reference. In float32 and with the other defaults a position may be 35694 from it.
