@@ -7,7 +7,7 @@
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
-#include "view.h"
+#include "door.h"
 
 #include <string.h>
 
@@ -287,7 +287,7 @@ disturb_each_other(const rotation *a, const rotation *b)
            may_overlap(&b->out, &a->x);
 }
 
-static void
+void
 run_jobs(const nest_job *jobs, int n_job, npy_intp size)
 {
     NPY_BEGIN_THREADS_DEF;
@@ -418,7 +418,7 @@ take_pair(PyObject *out, PyObject *pair[2])
     return true;
 }
 
-static bool
+bool
 has_arguments(const char *name, Py_ssize_t n_arg, Py_ssize_t expected)
 {
     if (n_arg == expected) {
@@ -427,6 +427,14 @@ has_arguments(const char *name, Py_ssize_t n_arg, Py_ssize_t expected)
     PyErr_Format(PyExc_TypeError, "%s: arguments must number %zd; got %zd", name,
                  expected, n_arg);
     return false;
+}
+
+PyObject *
+refuse(const char *name)
+{
+    return PyErr_Format(PyExc_TypeError,
+                        "%s: arguments must be arrays that fit together; got others",
+                        name);
 }
 
 /* The results of n rotations by one table, or NotImplemented, or NULL. */
@@ -659,8 +667,6 @@ cos_sin(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     run_jobs(&job, 1, size_of(&cos));
     Py_RETURN_NONE;
 }
-
-#define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL
 
 PyMethodDef array_methods[] = {
     {"rope_arrays", FASTCALL(rope),

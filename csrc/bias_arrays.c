@@ -5,13 +5,10 @@
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
-#include "view.h"
+#include "door.h"
 
 #include "dispatch.h"
-#include "nest.h"
 #include "tasks.h"
-
-#define MIN_SIZE_WITHOUT_GIL 65536
 
 /* The axes before the queries are rows of a nest, and so are the queries of a spread.
  */
@@ -34,14 +31,6 @@ fit_together(const view *values, const view *matrix, int value_type)
            (n_value == 1 || last_of(values, values->step) == item_size(values->type));
 }
 
-static PyObject *
-refuse(const char *name)
-{
-    return PyErr_Format(PyExc_TypeError,
-                        "%s: arguments must be arrays that fit together; got others",
-                        name);
-}
-
 /* The step of a view along an axis, 0 if it is not there. */
 static ptrdiff_t
 step_along(const view *v, int axis)
@@ -56,10 +45,7 @@ run(nest *loops, nest_strip *strip, nest_finish *finish, void *task, size_t row_
     nest rest;
     nest_arrange(loops, 0, &rest);
     nest_job job = {loops, strip, finish, task, row_size};
-    NPY_BEGIN_THREADS_DEF;
-    NPY_BEGIN_THREADS_THRESHOLDED(size > MIN_SIZE_WITHOUT_GIL ? NPY_MAX_INTP : 0);
-    nest_run(&job, 1);
-    NPY_END_THREADS;
+    run_jobs(&job, 1, size);
 }
 
 /* bias_arrays(values, logits or None, out) */
@@ -67,9 +53,8 @@ static PyObject *
 bias_spread(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
     const char *name = "bias_arrays";
-    if (n_arg != 3) {
-        return PyErr_Format(PyExc_TypeError, "%s: arguments must number 3; got %zd",
-                            name, n_arg);
+    if (!has_arguments(name, n_arg, 3)) {
+        return NULL;
     }
     bias_views views;
     view *values = &views.values, *logits = &views.logits, *out = &views.matrix;
@@ -139,9 +124,8 @@ static PyObject *
 bias_collect(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
     const char *name = "bias_collect_arrays";
-    if (n_arg != 2) {
-        return PyErr_Format(PyExc_TypeError, "%s: arguments must number 2; got %zd",
-                            name, n_arg);
+    if (!has_arguments(name, n_arg, 2)) {
+        return NULL;
     }
     bias_views views;
     view *sums = &views.values, *grad = &views.matrix;
@@ -172,8 +156,6 @@ bias_collect(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_ar
         size_of(grad));
     Py_RETURN_NONE;
 }
-
-#define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL
 
 PyMethodDef bias_methods[] = {
     {"bias_arrays", FASTCALL(bias_spread), "(values, logits or None, out)"},

@@ -5,13 +5,10 @@
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
-#include "view.h"
+#include "door.h"
 
 #include "dispatch.h"
-#include "nest.h"
 #include "tasks.h"
-
-#define MIN_SIZE_WITHOUT_GIL 65536
 
 enum { LOGITS, Z, MASK, GRAD, OUT = GRAD, DLOGITS, DZ, N_COPE_OPERAND };
 
@@ -156,9 +153,7 @@ take_operands(const char *name, PyObject *const *operands, int n, PyObject *caus
         is_good = take_view(operands[i], i, rows);
     }
     if (!is_good || !fit_together(rows, n) || !has_results(rows)) {
-        PyErr_Format(PyExc_TypeError,
-                     "%s: arguments must be arrays that fit together; got others",
-                     name);
+        refuse(name);
         return -1;
     }
     const view *operand = rows->operand, *logits = &operand[LOGITS];
@@ -202,13 +197,9 @@ run_all(cope_rows *rows)
     nest_begin(&loops, base);
     nest_add_axis(&loops, n_row, step);
     nest_job job = {&loops, rows_strip, rows_finish, rows, row_size};
-    NPY_BEGIN_THREADS_DEF;
-    NPY_BEGIN_THREADS_THRESHOLDED(n_row * row_size > MIN_SIZE_WITHOUT_GIL ? NPY_MAX_INTP
-                                                                          : 0);
     if (n_row > 0) {
-        nest_run(&job, 1);
+        run_jobs(&job, 1, (npy_intp)(n_row * row_size));
     }
-    NPY_END_THREADS;
 }
 
 /* cope_bias(logits, z, mask, causal, out) */
@@ -217,9 +208,8 @@ cope_bias(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
     const char *name = "cope_bias_arrays";
     cope_rows rows = {.is_backward = false};
-    if (n_arg != 5) {
-        return PyErr_Format(PyExc_TypeError, "%s: arguments must number 5; got %zd",
-                            name, n_arg);
+    if (!has_arguments(name, n_arg, 5)) {
+        return NULL;
     }
     PyObject *operands[] = {args[0], args[1], args[2], args[4]};
     if (take_operands(name, operands, OUT + 1, args[3], &rows) < 0) {
@@ -240,9 +230,8 @@ cope_bias_backward(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_
 {
     const char *name = "cope_bias_backward_arrays";
     cope_rows rows = {.is_backward = true};
-    if (n_arg != 7) {
-        return PyErr_Format(PyExc_TypeError, "%s: arguments must number 7; got %zd",
-                            name, n_arg);
+    if (!has_arguments(name, n_arg, 7)) {
+        return NULL;
     }
     PyObject *operands[] = {args[0], args[1], args[2], args[4], args[5], args[6]};
     if (take_operands(name, operands, N_COPE_OPERAND, args[3], &rows) < 0) {
@@ -251,8 +240,6 @@ cope_bias_backward(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_
     run_all(&rows);
     Py_RETURN_NONE;
 }
-
-#define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL
 
 PyMethodDef cope_methods[] = {
     {"cope_bias_arrays", FASTCALL(cope_bias), "(logits, z, mask, causal, out)"},

@@ -29,6 +29,17 @@ take_heads(PyObject *object, int n_axis, view *seen, head_places *places)
     return true;
 }
 
+bool
+take_embedding(PyObject *object, view *seen, head_places *places)
+{
+    if (!take_heads(object, 4, seen, places)) {
+        return false;
+    }
+    memmove(places->step + 1, places->step, 2 * sizeof(ptrdiff_t));
+    places->step[0] = 0;
+    return true;
+}
+
 ptrdiff_t
 row_step(const view *seen)
 {
@@ -47,9 +58,7 @@ take_number(PyObject *object, double *value)
 static PyObject *
 cope_attention(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
-    if (n_arg != 11) {
-        PyErr_Format(PyExc_TypeError,
-                     "cope_attention_arrays: arguments must number 11; got %zd", n_arg);
+    if (!has_arguments("cope_attention_arrays", n_arg, 11)) {
         return NULL;
     }
     view q, k, v, gate_key, embedding, mask, out, statistics;
@@ -59,16 +68,13 @@ cope_attention(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_
     if (!take_heads(args[0], 5, &q, &job.q) || !take_heads(args[1], 4, &k, &job.k) ||
         !take_heads(args[2], 4, &v, &job.v) ||
         !take_heads(args[3], 4, &gate_key, &job.gate_key) ||
-        !take_heads(args[4], 4, &embedding, &job.embedding) ||
+        !take_embedding(args[4], &embedding, &job.embedding) ||
         !take_heads(args[5], 5, &mask, &job.mask) || !take_number(args[6], &a->scale) ||
         !take_number(args[7], &a->position_scale) ||
         !take_heads(args[9], 5, &out, &job.out) ||
         !take_heads(args[10], 5, &statistics, &job.statistics)) {
         return NULL;
     }
-    /* The embedding has no batch. */
-    memmove(job.embedding.step + 1, job.embedding.step, 2 * sizeof(ptrdiff_t));
-    job.embedding.step[0] = 0;
     a->type = q.type;
     a->n_query = (size_t)q.shape[3];
     a->n_key = (size_t)k.shape[2];
@@ -101,8 +107,7 @@ cope_attention(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_
 }
 
 PyMethodDef cope_attention_methods[] = {
-    {"cope_attention_arrays", (PyCFunction)(void (*)(void))cope_attention,
-     METH_FASTCALL,
+    {"cope_attention_arrays", FASTCALL(cope_attention),
      "(q, k, v, gate_key, embedding, mask, scale, position_scale, causal, out, "
      "statistics)"},
     {NULL, NULL, 0, NULL},

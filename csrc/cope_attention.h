@@ -5,12 +5,15 @@
 #ifndef POSENC_COPE_ATTENTION_H
 #define POSENC_COPE_ATTENTION_H
 
-#include "view.h"
+#include "door.h"
 
 #include "attention.h"
 
 /* Describe an operand: (batch, key head, head, row, column), or without the head. */
 bool take_heads(PyObject *object, int n_axis, view *seen, head_places *places);
+
+/* The same of the embedding, which has no batch. */
+bool take_embedding(PyObject *object, view *seen, head_places *places);
 
 ptrdiff_t row_step(const view *seen);
 

@@ -9,7 +9,6 @@
 #include "cope_attention.h"
 
 #include <stdatomic.h>
-#include <string.h>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -139,15 +138,12 @@ take_operands(PyObject *const *args, backward_job *job)
     if (!take_heads(args[0], 5, &q, &job->q) || !take_heads(args[1], 4, &k, &job->k) ||
         !take_heads(args[2], 4, &v, &job->v) ||
         !take_heads(args[3], 4, &gate_key, &job->gate_key) ||
-        !take_heads(args[4], 4, &embedding, &job->embedding) ||
+        !take_embedding(args[4], &embedding, &job->embedding) ||
         !take_heads(args[5], 5, &mask, &job->mask) ||
         !take_heads(args[9], 5, &out, &job->out) ||
         !take_heads(args[11], 5, &grad_out, &job->grad_out)) {
         return false;
     }
-    /* The embedding has no batch. */
-    memmove(job->embedding.step + 1, job->embedding.step, 2 * sizeof(ptrdiff_t));
-    job->embedding.step[0] = 0;
     a->type = q.type;
     job->n_batch = (size_t)q.shape[0], job->n_group = (size_t)q.shape[1];
     g->n_head = (size_t)q.shape[2];
@@ -177,10 +173,7 @@ static PyObject *
 cope_attention_backward(PyObject *Py_UNUSED(module), PyObject *const *args,
                         Py_ssize_t n_arg)
 {
-    if (n_arg != 17) {
-        PyErr_Format(
-            PyExc_TypeError,
-            "cope_attention_backward_arrays: arguments must number 17; got %zd", n_arg);
+    if (!has_arguments("cope_attention_backward_arrays", n_arg, 17)) {
         return NULL;
     }
     backward_job job;
@@ -208,13 +201,15 @@ static PyObject *
 cope_attention_chunks(PyObject *Py_UNUSED(module), PyObject *const *args,
                       Py_ssize_t n_arg)
 {
-    if (n_arg != 2) {
-        PyErr_Format(PyExc_TypeError,
-                     "cope_attention_chunks: arguments must number 2; got %zd", n_arg);
+    if (!has_arguments("cope_attention_chunks", n_arg, 2)) {
         return NULL;
     }
-    Py_ssize_t n_group = PyLong_AsSsize_t(args[0]), n_row = PyLong_AsSsize_t(args[1]);
-    if (PyErr_Occurred()) {
+    Py_ssize_t n_group = PyLong_AsSsize_t(args[0]);
+    if (n_group == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    Py_ssize_t n_row = PyLong_AsSsize_t(args[1]);
+    if (n_row == -1 && PyErr_Occurred()) {
         return NULL;
     }
     Py_ssize_t most = n_row / MIN_CHUNK_ROWS;
@@ -224,11 +219,9 @@ cope_attention_chunks(PyObject *Py_UNUSED(module), PyObject *const *args,
 }
 
 PyMethodDef cope_attention_backward_methods[] = {
-    {"cope_attention_backward_arrays",
-     (PyCFunction)(void (*)(void))cope_attention_backward, METH_FASTCALL,
+    {"cope_attention_backward_arrays", FASTCALL(cope_attention_backward),
      "(q, k, v, gate_key, embedding, mask, scale, position_scale, causal, out, "
      "statistics, grad_out, dq, dk, dv, dgate, dembedding)"},
-    {"cope_attention_chunks", (PyCFunction)(void (*)(void))cope_attention_chunks,
-     METH_FASTCALL, "(n_group, n_row)"},
+    {"cope_attention_chunks", FASTCALL(cope_attention_chunks), "(n_group, n_row)"},
     {NULL, NULL, 0, NULL},
 };

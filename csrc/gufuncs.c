@@ -73,12 +73,16 @@ tell_no_memory(void)
     NPY_DISABLE_C_API;
 }
 
+/* A loop that returns false with nothing to be used, and an error set, if it failed. */
+typedef bool apart_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                        void *data);
+
 /* NumPy hands over an operand that is the result as well, and takes loops for
  * elementwise.  Run one that is not, on the operands `read`, a bit set: if the result
  * is one of them it is made elsewhere first.  It is operand `out`, of (rows, columns)
  * items, whose steps are the last two; without rows the last one. */
 static void
-run_apart(PyUFuncGenericFunction loop, char **args, const npy_intp *dimensions,
+run_apart(apart_loop *loop, char **args, const npy_intp *dimensions,
           const npy_intp *steps, void *data, unsigned read, int out, int n_step,
           npy_intp rows, npy_intp columns, npy_intp item)
 {
@@ -107,9 +111,9 @@ run_apart(PyUFuncGenericFunction loop, char **args, const npy_intp *dimensions,
         row_step = steps[n_step - 2];
         own_steps[n_step - 2] = columns * item;
     }
-    loop(own_args, dimensions, own_steps, data);
+    bool is_done = loop(own_args, dimensions, own_steps, data);
     const char *from = memory;
-    for (npy_intp i = 0; i < n * rows * columns; i++, from += item) {
+    for (npy_intp i = 0; is_done && i < n * rows * columns; i++, from += item) {
         npy_intp row = i / columns;
         char *to = args[out] + row / rows * steps[out] + row % rows * row_step +
                    i % columns * steps[n_step - 1];
@@ -250,7 +254,7 @@ add_sinusoidal_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
 }
 
 /* (t,d),(s,d),(s,d),(d,p)->(t,d): q, k, v, position_embedding -> out */
-static void
+static bool
 attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                void *data)
 {
@@ -284,10 +288,12 @@ attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
         .embedding = {args[3], {steps[3]}},
         .out = {args[4], {steps[4]}},
     };
-    if (!attention_run(&job)) {
+    bool is_done = attention_run(&job);
+    if (!is_done) {
         tell_no_memory();
     }
     clear_floating_point_flags();
+    return is_done;
 }
 
 /* What the loops of CoPE are told: the type of the data, and that of the operand beside
@@ -354,7 +360,7 @@ cope_positions_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
 }
 
 /* (p),(s)->(s): z, positions -> bias */
-static void
+static bool
 interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                  void *data)
 {
@@ -375,6 +381,7 @@ interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
     ptrdiff_t step[NEST_N_OPERAND] = {
         [COPE_Z] = steps[0], [COPE_LOGITS] = steps[1], [COPE_OUT] = steps[2]};
     run_rows(cope_interpolate_task_strip, NULL, &task, (size_t)s, n_row, base, step);
+    return true;
 }
 
 static void
@@ -386,7 +393,7 @@ cope_interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *s
 }
 
 /* (s),(p)->(s): logits, z -> bias */
-static void
+static bool
 bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *data)
 {
     const cope_variant *variant = data;
@@ -409,6 +416,7 @@ bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *
         [COPE_LOGITS] = steps[0], [COPE_Z] = steps[1], [COPE_OUT] = steps[2]};
     run_rows(cope_bias_task_strip, cope_task_finish, &task, (size_t)s, n_row, base,
              step);
+    return true;
 }
 
 static void

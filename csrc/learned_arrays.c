@@ -7,13 +7,10 @@
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
-#include "view.h"
+#include "door.h"
 
 #include "dispatch.h"
-#include "nest.h"
 #include "tasks.h"
-
-#define MIN_SIZE_WITHOUT_GIL 65536
 
 typedef struct {
     view x, table, positions, mask, out;
@@ -95,11 +92,7 @@ add_all(const add_operands *given, double scale, size_t n_byte)
     const int n_nest = nest_arrange(&loops[0], ADD_HELD, &loops[1]);
     nest_job jobs[] = {{&loops[0], add_task_strip, add_task_finish, &task, n},
                        {&loops[1], add_task_strip, add_task_finish, &task, n}};
-    NPY_BEGIN_THREADS_DEF;
-    NPY_BEGIN_THREADS_THRESHOLDED(size_of(out) > MIN_SIZE_WITHOUT_GIL ? NPY_MAX_INTP
-                                                                      : 0);
-    nest_run(jobs, n_nest);
-    NPY_END_THREADS;
+    run_jobs(jobs, n_nest, size_of(out));
 }
 
 /* add_rows(x, table, positions, mask, scale, n_byte, out): n_byte is the size of the
@@ -108,9 +101,8 @@ static PyObject *
 add_rows(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
     const char *name = "add_rows_arrays";
-    if (n_arg != 7) {
-        return PyErr_Format(PyExc_TypeError, "%s: arguments must number 7; got %zd",
-                            name, n_arg);
+    if (!has_arguments(name, n_arg, 7)) {
+        return NULL;
     }
     double scale = PyFloat_AsDouble(args[4]);
     if (scale == -1.0 && PyErr_Occurred()) {
@@ -122,17 +114,13 @@ add_rows(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
     }
     add_operands given;
     if (!take_operands(args, &given)) {
-        return PyErr_Format(
-            PyExc_TypeError,
-            "%s: arguments must be arrays that fit together; got others", name);
+        return refuse(name);
     }
     if (size_of(&given.out) > 0) {
         add_all(&given, scale, n_byte);
     }
     Py_RETURN_NONE;
 }
-
-#define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL
 
 PyMethodDef learned_methods[] = {
     {"add_rows_arrays", FASTCALL(add_rows),

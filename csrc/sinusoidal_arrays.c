@@ -5,12 +5,9 @@
  *
  * SPDX-License-Identifier: BSD-3-Clause
  */
-#include "view.h"
+#include "door.h"
 
-#include "nest.h"
 #include "tasks.h"
-
-#define MIN_SIZE_WITHOUT_GIL 65536
 
 /* Positions of any shape, and a table with as many axes and that of the channels. */
 static bool
@@ -59,11 +56,7 @@ fill_table(const view *positions, const view *inv_freq, bool interleaved,
     }
     nest_arrange(&loops, 0, NULL);
     nest_job job = {&loops, table_task_strip, NULL, &task, task.n_pair};
-    NPY_BEGIN_THREADS_DEF;
-    NPY_BEGIN_THREADS_THRESHOLDED(size_of(out) > MIN_SIZE_WITHOUT_GIL ? NPY_MAX_INTP
-                                                                      : 0);
-    nest_run(&job, 1);
-    NPY_END_THREADS;
+    run_jobs(&job, 1, size_of(out));
 }
 
 /* sinusoidal(positions, inv_freq, interleaved, cos_first, out): fill all channels that
@@ -72,24 +65,19 @@ static PyObject *
 sinusoidal(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
 {
     const char *name = "sinusoidal_arrays";
-    if (n_arg != 5) {
-        return PyErr_Format(PyExc_TypeError, "%s: arguments must number 5; got %zd",
-                            name, n_arg);
+    if (!has_arguments(name, n_arg, 5)) {
+        return NULL;
     }
     view positions, inv_freq, out;
     if (!view_of(args[0], &positions) || !view_of(args[1], &inv_freq) ||
         !view_of(args[4], &out) || !fit_together(&positions, &inv_freq, &out)) {
-        return PyErr_Format(
-            PyExc_TypeError,
-            "%s: arguments must be arrays that fit together; got others", name);
+        return refuse(name);
     }
     if (size_of(&out) > 0) {
         fill_table(&positions, &inv_freq, args[2] == Py_True, args[3] == Py_True, &out);
     }
     Py_RETURN_NONE;
 }
-
-#define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL
 
 PyMethodDef sinusoidal_methods[] = {
     {"sinusoidal_arrays", FASTCALL(sinusoidal),

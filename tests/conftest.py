@@ -1,4 +1,4 @@
-"""Fixed seeds for Hypothesis, and a place where tests report what they measured."""
+"""Fixed seeds for Hypothesis, what tests measured, and fixtures for torch."""
 
 # SPDX-License-Identifier: BSD-3-Clause
 
@@ -26,6 +26,27 @@ def pytest_configure(config):
 def measured(request):
     """Call it with one line of text: the line stands at the end of the run."""
     return request.config.stash[LINES].append
+
+
+@pytest.fixture
+def on_one_thread():
+    """One thread of torch, which is fastest for small work."""
+    from torch_tools import one_thread
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def compiled():
+    """Return a function that compiles without graph breaks; clean up after it."""
+    import torch
+
+    torch._dynamo.reset()
+    yield lambda function, backend="aot_eager", **options: torch.compile(
+        function, backend=backend, fullgraph=True, **options
+    )
+    torch._dynamo.reset()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -18,7 +18,8 @@ torch = pytest.importorskip("torch")
 
 from cope_listing import attention as by_listing  # noqa: E402
 from cope_listing import visible  # noqa: E402
-from torch_tools import one_thread  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("on_one_thread")
 
 # Sums of at most 128 products and 300 gates, in other order than torch's.
 FLOAT64_TOLERANCE = 1e-12
@@ -59,12 +60,6 @@ VARIANTS = {
     "per head": {"per_head": True},
     "all": {"position_scale": -0.5, "gate_key": True, "per_head": True, "scale": 0.3},
 }
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread():
-    with one_thread():
-        yield
 
 
 def random(*shape, seed=0, dtype=np.float64):

@@ -662,16 +662,6 @@ def test_in_place_ends_with_the_patch_that_asked_for_it(model):
 # Compilers
 
 
-@pytest.fixture
-def compiled():
-    """Return a function that compiles without graph breaks; clean up after it."""
-    torch._dynamo.reset()
-    yield lambda function, backend="aot_eager", **options: torch.compile(
-        function, backend=backend, fullgraph=True, **options
-    )
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     ("dtype", "exact"),
     [

@@ -19,14 +19,17 @@ torch = pytest.importorskip("torch")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
-from torch_tools import Graphs, one_thread  # noqa: E402
+from torch_tools import Graphs  # noqa: E402
 
 import posenc  # noqa: E402
 import posenc.torch  # noqa: E402
 from posenc.torch import RotaryEmbedding, rope, rope_qk  # noqa: E402
 
 # Compilers of torch call it themselves.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.usefixtures("on_one_thread"),
+]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("half", "interleaved")
@@ -51,22 +54,6 @@ OPTIONS = {
     },
 }
 PARTS = {"all": (4, 0), "first": (2, 0), "last": (2, -4), "middle": (2, 1)}
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def compiled():
-    """Return a function that compiles without graph breaks; clean up after it."""
-    torch._dynamo.reset()
-    yield lambda function, backend="aot_eager", **options: torch.compile(
-        function, backend=backend, fullgraph=True, **options
-    )
-    torch._dynamo.reset()
 
 
 def random(*shape, dtype=torch.float64, grad=False):

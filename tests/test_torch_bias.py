@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import reference  # noqa: E402
 from test_bias import MLP  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
-from torch_tools import Graphs, one_thread  # noqa: E402
+from torch_tools import Graphs  # noqa: E402
 
 import posenc  # noqa: E402
 from posenc.torch import (  # noqa: E402
@@ -25,7 +25,10 @@ from posenc.torch import (  # noqa: E402
 )
 
 # Compilers of torch call it themselves.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.usefixtures("on_one_thread"),
+]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Gradients that torch sums in float32, in other order: of about a thousand terms.
@@ -43,22 +46,6 @@ PLACES = {
     "nothing": (range(3), range(0)),
 }
 every_place = pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def compiled():
-    """Return a function that compiles without graph breaks; clean up after it."""
-    torch._dynamo.reset()
-    yield lambda function, backend="aot_eager", **options: torch.compile(
-        function, backend=backend, fullgraph=True, **options
-    )
-    torch._dynamo.reset()
 
 
 def parameters(family, dtype=torch.float64):

@@ -26,7 +26,7 @@ from test_cope_attention import (  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.autograd import gradcheck  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
-from torch_tools import Graphs, one_thread  # noqa: E402
+from torch_tools import Graphs  # noqa: E402
 
 import posenc  # noqa: E402
 from posenc.torch import (  # noqa: E402
@@ -38,7 +38,10 @@ from posenc.torch import (  # noqa: E402
 )
 
 # Compilers of torch call it themselves.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.usefixtures("on_one_thread"),
+]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("q", "k", "v", "position_embedding", "gate_key")
@@ -55,22 +58,6 @@ FEW_POSITIONS = 1.5
 MODULE_TOLERANCE = 1e-5
 N_THREAD = (1, 2, 3, 4)
 SCALARS = (None, 1.0, True)
-
-
-@pytest.fixture(autouse=True)
-def on_one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def compiled():
-    """Return a function that compiles without graph breaks; clean up after it."""
-    torch._dynamo.reset()
-    yield lambda function, backend="aot_eager", **options: torch.compile(
-        function, backend=backend, fullgraph=True, **options
-    )
-    torch._dynamo.reset()
 
 
 def random(*shape, dtype=torch.float64, grad=False, seed=0):
