@@ -14,10 +14,6 @@
 #include "dispatch.h"
 #include "tasks.h"
 
-/* Elements above which another Python thread may run meanwhile: below, giving up the
- * lock and taking it back costs too much of the call. */
-#define MIN_SIZE_WITHOUT_GIL 65536
-
 /* The sequence axis unless said otherwise; a lone row has none to name. */
 #define DEFAULT_AXIS (-2)
 

@@ -9,6 +9,10 @@
 #include "nest.h"
 #include "view.h"
 
+/* Elements above which another Python thread may run meanwhile: below, giving up the
+ * lock and taking it back costs too much of the call. */
+#define MIN_SIZE_WITHOUT_GIL 65536
+
 #define FASTCALL(function) (PyCFunction)(void (*)(void)) function, METH_FASTCALL
 
 /* False with a TypeError unless the numbers agree. */

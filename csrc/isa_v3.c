@@ -25,6 +25,7 @@
 #define TAKE_PRODUCT_WIDE(v, a, b) \
     ((vec_wide)_mm256_fnmadd_ps((__m256)(a), (__m256)(b), (__m256)(v)))
 #define FENCE() _mm_sfence()
+#define WIDEN_WORDS_WIDE(half) _mm256_cvtepu16_epi32((__m128i)(half))
 #define HALF_TO_FLOAT_WIDE(half) _mm256_cvtph_ps((__m128i)(half))
 #define FLOAT_TO_HALF_WIDE(value) \
     _mm256_cvtps_ph((__m256)(value), _MM_FROUND_TO_NEAREST_INT)

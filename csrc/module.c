@@ -94,7 +94,7 @@ module_exec(PyObject *module)
     }
     if (PyModule_AddFunctions(module, array_methods) < 0 ||
         PyModule_AddFunctions(module, sinusoidal_methods) < 0 ||
-        PyModule_AddFunctions(module, learned_methods) < 0 ||
+        PyModule_AddFunctions(module, table_rows_methods) < 0 ||
         PyModule_AddFunctions(module, cope_methods) < 0 ||
         PyModule_AddFunctions(module, bias_methods) < 0 ||
         PyModule_AddFunctions(module, cope_attention_methods) < 0 ||

@@ -93,8 +93,8 @@ merge_axes(nest *loops)
     loops->n_axis = loops->n_axis > 0 ? kept + 1 : 0;
 }
 
-static size_t
-n_row(const nest *loops)
+size_t
+nest_n_row(const nest *loops)
 {
     size_t total = 1;
     for (int axis = 0; axis < loops->n_axis; axis++) {
@@ -158,7 +158,7 @@ nest_arrange(nest *loops, unsigned held, nest *rest)
             move_axis(loops, axis, to++);
         }
     }
-    return n_row(rest) > 0 ? 2 : 1;
+    return nest_n_row(rest) > 0 ? 2 : 1;
 }
 
 /* Rows [begin, end) of a job, strip by strip along the innermost axis. */
@@ -216,9 +216,8 @@ typedef struct {
     int n_job;
 } job_list;
 
-/* floor(total * part / n_part) without overflow. */
-static size_t
-cut(size_t total, size_t part, size_t n_part)
+size_t
+nest_cut(size_t total, size_t part, size_t n_part)
 {
     return total / n_part * part + total % n_part * part / n_part;
 }
@@ -229,9 +228,9 @@ run_part(void *list, int part, int n_part)
     const job_list *todo = list;
     for (int i = 0; i < todo->n_job; i++) {
         const nest_job *job = &todo->jobs[i];
-        size_t total = n_row(job->loops);
-        size_t begin = cut(total, (size_t)part, (size_t)n_part);
-        size_t end = cut(total, (size_t)part + 1, (size_t)n_part);
+        size_t total = nest_n_row(job->loops);
+        size_t begin = nest_cut(total, (size_t)part, (size_t)n_part);
+        size_t end = nest_cut(total, (size_t)part + 1, (size_t)n_part);
         if (begin < end) {
             run_rows(job, begin, end);
             if (job->finish != NULL) {
@@ -241,19 +240,24 @@ run_part(void *list, int part, int n_part)
     }
 }
 
+int
+nest_n_part(size_t work)
+{
+    if (work < 2 * (size_t)MIN_PART_SIZE) {
+        return 1;
+    }
+    size_t most = work / MIN_PART_SIZE;
+    int n_thread = parallel_n_thread();
+    return most < (size_t)n_thread ? (int)most : n_thread;
+}
+
 void
 nest_run(const nest_job *jobs, int n_job)
 {
     size_t work = 0;
     for (int i = 0; i < n_job; i++) {
-        work += n_row(jobs[i].loops) * jobs[i].row_size;
-    }
-    int n_part = 1;
-    if (work >= 2 * (size_t)MIN_PART_SIZE) {
-        size_t most = work / MIN_PART_SIZE;
-        int n_thread = parallel_n_thread();
-        n_part = most < (size_t)n_thread ? (int)most : n_thread;
+        work += nest_n_row(jobs[i].loops) * jobs[i].row_size;
     }
     job_list todo = {jobs, n_job};
-    parallel_run(run_part, &todo, n_part);
+    parallel_run(run_part, &todo, nest_n_part(work));
 }

@@ -51,6 +51,15 @@ void nest_add_axis(nest *loops, size_t size, const ptrdiff_t step[NEST_N_OPERAND
  * 1, or 2 with the rest. */
 int nest_arrange(nest *loops, unsigned held, nest *rest);
 
+/* How many rows there are. */
+size_t nest_n_row(const nest *loops);
+
+/* Where part `part` of n_part equal ones begins: total * part / n_part. */
+size_t nest_cut(size_t total, size_t part, size_t n_part);
+
+/* How many parts to make of so many elements. */
+int nest_n_part(size_t work);
+
 /* Run the jobs, all at once, cut into equal parts for the threads.  The rows
  * are independent, so the parts do not change the result. */
 void nest_run(const nest_job *jobs, int n_job);

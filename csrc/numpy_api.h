@@ -15,9 +15,9 @@
 #ifndef POSENC_IMPORTS_NUMPY
 #define NO_IMPORT_ARRAY
 #define NO_IMPORT_UFUNC
-/* Sinusoidal tables, and rows of tables added to arrays (learned_arrays.c). */
+/* Sinusoidal tables, and rows of tables added to arrays (table_rows_arrays.c). */
 extern PyMethodDef sinusoidal_methods[];
-extern PyMethodDef learned_methods[];
+extern PyMethodDef table_rows_methods[];
 
 #endif
 #include <numpy/arrayobject.h>
@@ -34,9 +34,9 @@ extern PyMethodDef cope_attention_backward_methods[];
 /* The same of CoPE (cope_arrays.c). */
 extern PyMethodDef cope_methods[];
 
-/* Sinusoidal tables, and rows of tables added to arrays (learned_arrays.c). */
+/* Sinusoidal tables, and rows of tables added to arrays (table_rows_arrays.c). */
 extern PyMethodDef sinusoidal_methods[];
-extern PyMethodDef learned_methods[];
+extern PyMethodDef table_rows_methods[];
 
 /* The same of relative biases (bias_arrays.c). */
 extern PyMethodDef bias_methods[];

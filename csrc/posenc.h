@@ -70,7 +70,12 @@ typedef struct {
     int out_type;        /* REAL_F32 or REAL_F64                             */
     ptrdiff_t position_row, inv_freq_row, cos_row, sin_row;
     ptrdiff_t inv_freq_pair, cos_pair, sin_pair;
+    void *kept; /* NULL, or memory that strips of the same frequencies, factor and types
+                   hand on, and so take less time: kept_size bytes for every KEPT_PAIRS
+                   pairs, the first two bytes of each 0 at first; aligned to 64       */
 } cos_sin_strip;
+
+enum { KEPT_PAIRS = 64 };
 
 /* Tabulate factor * cos and factor * sin of position * inv_freq.
  *
@@ -348,6 +353,7 @@ typedef struct {
     const char *simd;
     rope_kernel *rope[N_LAYOUT][N_ROUNDING][N_REAL];
     cos_sin_kernel *cos_sin;
+    size_t kept_size; /* of cos_sin */
     add_rows_kernel *add_rows[N_REAL];
     add_sinusoidal_kernel *add_sinusoidal[N_REAL];
     cope_gates_kernel *cope_gates[N_REAL];

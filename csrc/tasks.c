@@ -7,6 +7,12 @@
  * costs half as much again, at 10 MB nothing, at 20 MB and more it saves a third. */
 #define MIN_STREAM_SIZE ((size_t)8 << 20)
 
+bool
+stores_pass_caches(bool in_place, size_t n_byte)
+{
+    return !in_place && n_byte >= MIN_STREAM_SIZE;
+}
+
 void
 rope_task_choose_stores(rope_task *task, bool in_place, size_t result_bytes)
 {
@@ -68,50 +74,6 @@ table_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
     strip.sin_row = step[TABLE_SIN];
     kernels->cos_sin(&strip, base[TABLE_POSITION], base[TABLE_INV_FREQ],
                      base[TABLE_COS], base[TABLE_SIN]);
-}
-
-void
-add_task_choose_stores(add_task *task, bool in_place, size_t n_byte)
-{
-    task->within.stream = !in_place && n_byte >= MIN_STREAM_SIZE;
-}
-
-void
-add_task_finish(void *task)
-{
-    if (((const add_task *)task)->within.stream) {
-        kernels->finish_stores();
-    }
-}
-
-void
-add_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
-               const ptrdiff_t step[NEST_N_OPERAND],
-               const ptrdiff_t ahead[NEST_N_OPERAND])
-{
-    (void)ahead;
-    const add_task *add = task;
-    add_strip strip = add->within;
-    const char *mask = add->has_mask ? base[ADD_MASK] : NULL;
-    strip.x_row = step[ADD_X];
-    strip.mask_row = step[ADD_MASK];
-    strip.out_row = step[ADD_OUT];
-    if (add->table == NULL) {
-        strip.n_row = n_row;
-        strip.table_row = step[ADD_TABLE];
-        kernels->add_rows[add->type](&strip, base[ADD_X], base[ADD_TABLE], mask,
-                                     base[ADD_OUT]);
-        return;
-    }
-    strip.n_row = 1;
-    for (size_t row = 0; row < n_row; row++) {
-        ptrdiff_t r = (ptrdiff_t)row;
-        int64_t position = *(const int64_t *)(base[ADD_TABLE] + r * step[ADD_TABLE]);
-        kernels->add_rows[add->type](&strip, base[ADD_X] + r * step[ADD_X],
-                                     add->table + position * add->table_row,
-                                     mask == NULL ? NULL : mask + r * step[ADD_MASK],
-                                     base[ADD_OUT] + r * step[ADD_OUT]);
-    }
 }
 
 void

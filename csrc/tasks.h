@@ -23,6 +23,10 @@ typedef struct {
     ptrdiff_t cos_table, sin_table; /* ... their steps from row to row            */
 } rope_task;
 
+/* True if a result of n_byte is so large that no cache would keep it, and is not x
+ * itself, which the caches hold anyway: then it is to be streamed. */
+bool stores_pass_caches(bool in_place, size_t n_byte);
+
 /* Stream the result if it is so large that no cache would keep it, and is not x
  * itself, which the caches hold anyway. */
 void rope_task_choose_stores(rope_task *task, bool in_place, size_t result_bytes);
@@ -36,25 +40,6 @@ enum { TABLE_POSITION, TABLE_INV_FREQ, TABLE_COS, TABLE_SIN };
 
 /* Strips of a cos_sin_strip, used as the task. */
 nest_strip table_task_strip;
-
-/* The operands of the nest that adds rows of a table, in this order.  Where rows are
- * gathered, the table's place is taken by the positions. */
-enum { ADD_X, ADD_TABLE, ADD_MASK, ADD_OUT };
-#define ADD_HELD (1u << ADD_TABLE)
-
-typedef struct {
-    add_strip within; /* steps within a row                */
-    int type;         /* of the data: which kernel         */
-    bool has_mask;
-    const char *table; /* if rows are gathered, else NULL  */
-    ptrdiff_t table_row;
-} add_task;
-
-nest_strip add_task_strip;
-nest_finish add_task_finish;
-
-/* Stream the result, of n_byte, on the grounds that rotations have. */
-void add_task_choose_stores(add_task *task, bool in_place, size_t n_byte);
 
 /* The operands of add_sinusoidal's nest, in this order. */
 enum { SINUSOIDAL_X, SINUSOIDAL_POSITION, SINUSOIDAL_INV_FREQ, SINUSOIDAL_OUT };

@@ -125,16 +125,28 @@ def cope_bias_backward_arrays(
     dz: np.ndarray,
     /,
 ) -> None: ...
-def add_rows_arrays(
+def add_learned_arrays(
     x: Any,
     table: Any,
     positions: Any,
+    start: int,
     mask: Any,
     scale: float,
-    n_byte: int,
     out: Any,
     /,
-) -> None: ...
+) -> Any: ...
+def add_sinusoidal_arrays(
+    x: Any,
+    inv_freq: np.ndarray,
+    interleaved: bool,
+    cos_first: bool,
+    positions: Any,
+    start: int,
+    mask: Any,
+    scale: float,
+    out: Any,
+    /,
+) -> Any: ...
 def sinusoidal_arrays(
     positions: Any, inv_freq: Any, interleaved: bool, cos_first: bool, out: Any, /
 ) -> None: ...

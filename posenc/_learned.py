@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import numpy as np
 
+from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, one_of, real_number, whole_number
 from ._rope_check import _real_kind, table_result
@@ -10,6 +11,7 @@ from ._rope_rows import _whole_numbers
 from ._table_rows import (
     Sum,
     add_lazily,
+    by_fast_door,
     counted,
     data_array,
     one_per_row,
@@ -111,6 +113,10 @@ def add_learned(
            [2., 3.]])
     """
     here = "add_learned"
+    places = positions, offset, cu_seqlens, padding_mask
+    answer = by_fast_door(_core.add_learned_arrays, x, (table,), scale, places, out)
+    if answer is not NotImplemented:
+        return answer
     scale = real_number(here, "scale", scale)
     array = data_array(here, x)
     lead, dim = array.shape[:-1], array.shape[-1]
@@ -127,11 +133,10 @@ def add_learned(
     with np.errstate(all="ignore"):
         total = Sum(here, x, array, rows.dtype, out)
         kept, rows = rows, np.require(rows, total.table_dtype, "A")
-        hidden = None if mask is None else np.broadcast_to(mask, lead)
         positions = np.require(positions, np.int64, "A")
-        piece = ..., rows, np.broadcast_to(positions, lead), hidden, scale
         given = [kept, positions] if mask is None else [kept, positions, mask]
-        return total.add([piece], given)
+        door = _core.add_learned_arrays
+        return total.add(door, (rows,), positions, mask, scale, given)
 
 
 def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):

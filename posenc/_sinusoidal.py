@@ -3,7 +3,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import decimal
 import functools
-import math
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from ._rope_check import share_memory, table_result
 from ._table_rows import (
     Sum,
     add_lazily,
+    by_fast_door,
     counted,
     data_array,
     one_per_row,
@@ -37,11 +37,11 @@ LAYOUTS = {
 }
 INDEXINGS = ("xy", "ij")
 
+# Of dim, theta, layout and downscale_freq_shift, which can then be looked up.
+_USUAL_TYPES = int, float, str, float
+
 # Digits for frequencies: after all products still more than two doubles have.
 _CONTEXT = decimal.Context(60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
-
-# Bytes of the table that one pass over the data uses: it is to stay in a cache.
-_PIECE_SIZE = 1 << 19
 
 
 def sinusoidal(
@@ -330,6 +330,13 @@ def add_sinusoidal(
     True
     """
     here = "add_sinusoidal"
+    places = positions, offset, cu_seqlens, padding_mask
+    form = _known_form(getattr(x, "shape", ()), theta, layout, downscale_freq_shift)
+    if form is not None:
+        door = _core.add_sinusoidal_arrays
+        answer = by_fast_door(door, x, form, scale, places, out)
+        if answer is not NotImplemented:
+            return answer
     scale = real_number(here, "scale", scale)
     array = data_array(here, x)
     lead = array.shape[:-1]
@@ -348,10 +355,10 @@ def add_sinusoidal(
         return add_lazily(here, array, rows, mask, scale, out, LAYOUTS[layout])
     with np.errstate(all="ignore"):
         total = Sum(here, x, array, np.float32, out)
-        mask = None if mask is None else np.broadcast_to(mask, lead)
-        pieces = table.pieces(positions, mask, scale, total)
+        positions = np.require(positions, np.float64, "A")
         given = [positions] if mask is None else [positions, mask]
-        return total.add(pieces, given)
+        door = _core.add_sinusoidal_arrays
+        return total.add(door, table.form, positions, mask, scale, given)
 
 
 def _grid_axes(function, shape):
@@ -414,38 +421,23 @@ class _Table:
         if target is not result:
             result[...] = target
 
-    def pieces(self, positions, mask, scale, total):
-        """Yield the pieces of a sum: positions whose rows fit into a cache."""
-        dtype = total.table_dtype
-        n_row = max(_PIECE_SIZE // max(self.dim * dtype.itemsize, 1), 16)
-        memory = np.empty((min(n_row, positions.size), self.dim), dtype)
-        for index in _cut(positions.shape, n_row):
-            part = positions[index]
-            rows = memory[: part.size].reshape((*part.shape, self.dim))
-            self.fill(part, rows)
-            place = tuple(
-                where if size > 1 else slice(None)
-                for where, size in zip(index, positions.shape, strict=True)
-            )
-            shape = total.x[place].shape
-            hidden = None if mask is None else mask[place]
-            yield place, np.broadcast_to(rows, shape), None, hidden, scale
+    @property
+    def form(self):
+        """What the fast functions take of it."""
+        return self.inv_freq, self.interleaved, self.cos_first
 
 
-def _cut(shape, most):
-    """Yield indices of parts with at most so many elements that make up an array."""
-    if not shape:
-        yield ()
-        return
-    inner = math.prod(shape[1:])
-    if 0 < inner <= most:
-        step, rest = most // inner, tuple(slice(0, size) for size in shape[1:])
-        for start in range(0, shape[0], step):
-            yield slice(start, min(start + step, shape[0])), *rest
-        return
-    for start in range(shape[0] if inner else 0):
-        for rest in _cut(shape[1:], most):
-            yield slice(start, start + 1), *rest
+def _known_form(shape, theta, layout, shift):
+    """Return the form of a table whose arguments are of the usual types, or None."""
+    dim = shape[-1] if len(shape) > 1 else None
+    if (type(dim), type(theta), type(layout), type(shift)) != _USUAL_TYPES:
+        return None
+    return _form(dim, theta, layout, shift)
+
+
+@functools.lru_cache(maxsize=64)
+def _form(dim, theta, layout, shift):
+    return _Table.checked("add_sinusoidal", dim, theta, layout, shift).form
 
 
 @functools.lru_cache(maxsize=64)

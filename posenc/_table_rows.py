@@ -1,9 +1,10 @@
 """What adding a row for each position to data takes: positions, padding, memory."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+import math
+
 import numpy as np
 
-from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must
 from ._cope import _are_one, _in_type, _no_out, _result
@@ -78,6 +79,19 @@ def padding(function, mask, lead):
     return one_per_row(function, "padding_mask", array, lead)
 
 
+def by_fast_door(door, x, table, scale, places, out):
+    """Return the sum if the arguments are such as need no more checks than the door's.
+
+    Else NotImplemented. `places` are positions, offset, cu_seqlens and padding_mask.
+    """
+    positions, offset, cu_seqlens, mask = places
+    start = 0 if offset is None else offset
+    is_plain = cu_seqlens is None and type(scale) is float and math.isfinite(scale)
+    if not is_plain or (positions is not None and offset is not None):
+        return NotImplemented
+    return door(x, *table, positions, start, mask, scale, out)
+
+
 class Sum:
     """Where x * scale + rows of a table goes, and how it gets there.
 
@@ -92,10 +106,10 @@ class Sum:
         )  # fmt: skip
         self.out = out
 
-    def add(self, pieces, others):
-        """Add all pieces, each (index of rows, table, positions or None, mask, scale).
+    def add(self, door, table, positions, mask, scale, others):
+        """Add rows at positions, by the function that takes such tables.
 
-        `others` are arrays that the pieces are made from.
+        `others` are arrays that these are made from.
         """
         result = target = self.result
         x = np.asarray(self.x)
@@ -104,10 +118,7 @@ class Sum:
             np.may_share_memory(part, result) for part in parts
         ):
             target = np.empty(result.shape, result.dtype)
-        for index, table, positions, mask, scale in pieces:
-            _core.add_rows_arrays(
-                x[index], table, positions, mask, scale, target.nbytes, target[index]
-            )
+        door(x, *table, positions, 0, mask, scale, target)
         if target is not result:
             result[...] = target
         tensors.mark_changed(self.out)

@@ -302,16 +302,36 @@ def test_positions_broadcast(shape):
     reference.same_bits(got, want)
 
 
-@pytest.mark.parametrize("piece", [1, 400, 3000, 1 << 20])
-@pytest.mark.parametrize("shape", [(40,), (3, 40), (3, 2, 40), (3, 2, 1)])
-def test_the_size_of_pieces_changes_nothing(piece, shape, monkeypatch):
-    x = normal(3, 2, 40, 6)
-    mask = np.random.default_rng(2).random((3, 2, 40)) < 0.2
-    positions = np.arange(np.prod(shape)).reshape(shape)
-    want = posenc.add_sinusoidal(x, positions=positions, padding_mask=mask)
-    monkeypatch.setattr(_sinusoidal, "_PIECE_SIZE", piece)
-    got = posenc.add_sinusoidal(x, positions=positions, padding_mask=mask)
-    reference.same_bits(got, want)
+@every_dtype
+@pytest.mark.parametrize("layout", ["interleaved", "concat"])
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((2, 3, 130, 6), (130,)),  # tokens, more than a tile holds
+        ((2, 3, 130, 6), (2, 130)),
+        ((2, 3, 130, 6), (2, 3, 130)),
+        ((2, 9, 3, 5), (2, 1, 1)),  # as many rows that share a position as make groups
+        ((9, 70, 7), (1, 70)),
+        ((5, 3, 1027), (3,)),  # channels, more than are computed at once
+    ],
+)
+def test_tiles_change_nothing(shape, rows, layout, dtype):
+    x = normal(*shape, dtype=dtype)
+    mask = np.random.default_rng(2).random(shape[:-1]) < 0.2
+    positions = np.arange(np.prod(rows)).reshape(rows)
+    given = {"scale": 1.5, "layout": layout}
+    got = posenc.add_sinusoidal(x, positions=positions, padding_mask=mask, **given)
+    spread = positions[:, None] if len(rows) == 2 and len(shape) == 4 else positions
+    spread = np.broadcast_to(spread, shape[:-1])
+    for at in np.ndindex(*shape[:-2]):
+        for t in range(0, shape[-2], 29):
+            row = at if not mask[at][t] else None
+            want = np.zeros_like(x[at][t : t + 1])
+            if row is not None:
+                want = posenc.add_sinusoidal(
+                    x[at][t : t + 1], positions=spread[at][t : t + 1], **given
+                )
+            reference.same_bits(got[at][t : t + 1], want)
 
 
 @every_dtype
