@@ -18,6 +18,8 @@
 #define SIMD_NAME "v4_bf16"
 #define PACK_BF16_WIDE(low, high) _mm512_cvtne2ps_pbh((__m512)(high), (__m512)(low))
 #define NARROW_BF16_WIDE(value) _mm512_cvtneps_pbh((__m512)(value))
+#define ANY_NAN_OR_SUBNORMAL_WIDE(value) \
+    (_mm512_fpclass_ps_mask((__m512)(value), 0xa1) != 0)
 #define KERNEL_TABLE kernels_v4_bf16
 #include "isa_v4.inc"
 

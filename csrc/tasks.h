@@ -104,7 +104,7 @@ typedef struct {
     bool adds; /* to logits */
 } bias_task;
 
-/* Stream the result, of n_byte, on the grounds that rotations have. */
+/* Stream the result, of n_byte, if no cache would keep it. */
 void bias_task_choose_stores(bias_task *task, bool in_place, size_t n_byte);
 
 /* Strips of a bias_task. */

@@ -59,8 +59,8 @@ def positions_of(function, name, value, whole=False):
         raise TypeError(must(function, name, rule, f"dtype {array.dtype}"))
     if array.ndim == 0:
         raise ValueError(must(function, name, "have at least one axis", "shape ()"))
-    array = real_array(function, name, array)
-    return array.astype(np.int64 if whole else np.float64)  # a copy, as above
+    own = real_array(function, name, array, np.int64 if whole else np.float64)
+    return own.copy() if own is array else own  # a copy, as above
 
 
 def are_tensors(*given):
@@ -175,8 +175,9 @@ def _fill(bias, q, k, logits, result):
         return
     n_near = 0
     if _are_consecutive(q) and _are_consecutive(k):
-        is_near = bias.threshold is None or q <= bias.threshold
-        n_near = int(np.count_nonzero(is_near | np.zeros(len(q), bool)))
+        n_near = len(q)
+        if bias.threshold is not None:
+            n_near = int(np.count_nonzero(q <= bias.threshold))
     if n_near > 0:
         near = slice(0, n_near)
         first = k[0] - q[n_near - 1]
@@ -208,9 +209,8 @@ def _rows(matrix, rows):
 def _are_consecutive(positions):
     """Tell whether each is one more than that before it, and all are whole."""
     first = positions[0]
-    if not np.isfinite(first) or first != np.rint(first):
-        return False
-    return bool((positions - first == np.arange(len(positions))).all())
+    is_whole = positions.dtype.kind == "i" or (np.isfinite(first) and first % 1 == 0)
+    return bool(is_whole and (positions[1:] - positions[:-1] == 1).all())
 
 
 def _spread_values(values, logits, result):

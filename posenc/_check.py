@@ -1,6 +1,7 @@
 """The words of errors, and the checks that several functions share."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+import contextlib
 import math
 import numbers
 
@@ -87,6 +88,9 @@ def as_array(function, parameter, value):
         raise TypeError(must(function, parameter, "be an array", value))
     if hasattr(value, "__array_ufunc__") and hasattr(value, "ndim"):
         return value
+    if kind is range:
+        with contextlib.suppress(OverflowError):  # as asarray, a hundred times as fast
+            return np.arange(value.start, value.stop, value.step)
     try:
         return np.asarray(value)
     except ValueError:
@@ -114,11 +118,12 @@ def _tensor_memory(function, parameter, tensor):
         raise TypeError(must(function, parameter, rule, tensor.dtype)) from None
 
 
-def real_array(function, parameter, value):
-    """Return `value` as a float64 array; raise unless it holds real numbers."""
+def real_array(function, parameter, value, dtype=np.float64):
+    """Return `value` as an array of a type; raise unless it holds real numbers."""
     array = np.asarray(as_array(function, parameter, value))
-    kind, name = array.dtype.kind, array.dtype.name
-    if (kind not in "biuf" or array.itemsize > 8) and name != "bfloat16":
+    kind = array.dtype.kind
+    is_usual = kind in "biuf" and array.itemsize <= 8
+    if not is_usual and array.dtype.name != "bfloat16":
         rule = "hold real numbers that float64 can hold"
         raise TypeError(must(function, parameter, rule, f"dtype {array.dtype}"))
     if kind in "iu" and array.itemsize == 8 and array.size:
@@ -126,7 +131,7 @@ def real_array(function, parameter, value):
         if extreme > 2**53:
             rule = "hold whole numbers of magnitude at most 2**53"
             raise ValueError(must(function, parameter, rule, extreme))
-    return array.astype(np.float64, copy=False)
+    return array.astype(dtype, copy=False)
 
 
 def true_or_false(function, parameter, value):
