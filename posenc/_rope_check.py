@@ -446,6 +446,7 @@ def fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin
     done = _core.cos_sin_arrays(positions, inv_freq, factor, recipe, cos, sin)
     if done is NotImplemented:  # the result lies in the memory of the inputs
         fresh = np.empty(cos.shape, cos.dtype), np.empty(cos.shape, cos.dtype)
-        positions, inv_freq = positions.copy(), inv_freq.copy()
+        # Arrays: a number, as indexing leaves it, would be declined again.
+        positions, inv_freq = np.array(positions), np.array(inv_freq)
         _core.cos_sin_arrays(positions, inv_freq, factor, recipe, *fresh)
         cos[...], sin[...] = fresh

@@ -16,6 +16,12 @@ from ._check import (
 from ._rope_check import fill_table, table_pair
 from ._sinusoidal import INDEXINGS, _grid_axes
 
+# Elements of a table of xPos that are computed at once.
+_BLOCK = 1 << 14
+
+# Tokens of which scales of xPos are multiples, times one for the rest.
+_STEP = 64
+
 
 def rope_table_axial(
     shape,
@@ -330,15 +336,80 @@ def rope_table_xpos(
     with np.errstate(over="ignore"):
         power = positions - reference
     _stay_in_range(here, positions, power, reference, scale_base, zeta, dtype)
-    power = (-power if keys else power) / scale_base
-    scale = zeta ** power[..., None]
-    answers, tables = table_pair(here, out, scale.shape, dtype, tensor)
-    rows = _rows(here, positions, inv_freq, attention_factor, "exact", np.float64)
+    shape = positions.shape + inv_freq.shape
+    answers, tables = table_pair(here, out, shape, dtype, tensor)
+    scales = _Scales(zeta, (-power if keys else power).reshape(-1), scale_base)
+    # From here on `out` is written, which may lie in the memory of what was given.
+    place, inv_freq = positions.flatten(), inv_freq.copy()
+    options = inv_freq, attention_factor, "exact"
     with np.errstate(all="ignore"):
-        for table, exact in zip(tables, rows, strict=True):
-            np.multiply(exact, scale, out=table, casting="same_kind")
+        made = [table if table.flags.c_contiguous else np.empty(shape, dtype)
+                for table in tables]  # fmt: skip
+        flat = [table.reshape(place.size, inv_freq.size) for table in made]
+        n_row = max(_BLOCK // max(inv_freq.size, 1), 1)
+        exact = np.empty((3, min(n_row, place.size), inv_freq.size))
+        for start in range(0, place.size, n_row):
+            block = slice(start, start + n_row)
+            cos, sin, scale = exact[:, : place[block].size]
+            fill_table(here, place[block], *options, cos, sin)
+            scales.fill(block, scale)
+            for table, part in zip(flat, (cos, sin), strict=True):
+                part *= scale
+                table[block] = part
+        for table, own in zip(tables, made, strict=True):
+            if own is not table:
+                table[...] = own
     tensors.mark_changed(*(out or ()))
     return answers
+
+
+class _Scales:
+    """The scales of xPos, ``zeta ** (distance / scale_base)``.
+
+    A distance is a multiple of 64 and a rest, and its scale the product of theirs: of
+    many whole distances near each other only a few powers are computed.
+    """
+
+    def __init__(self, zeta, distances, scale_base):
+        self.zeta, self.scale_base = zeta, scale_base
+        self.low = np.fmod(distances, _STEP)
+        self.high = distances - self.low
+        self.powers = None
+        high, low = _Steps(self.high, _STEP), _Steps(self.low, 1)
+        if high.are_all and low.are_all and high.n + low.n < distances.size:
+            self.high, self.low = high.index, low.index
+            self.powers = self._powers(high.values()), self._powers(low.values())
+
+    def fill(self, rows, scale):
+        """Write the scales of some of the distances."""
+        if self.powers is None:
+            np.multiply(
+                self._powers(self.high[rows]), self._powers(self.low[rows]), out=scale
+            )
+            return
+        high, low = self.powers
+        np.take(high, self.high[rows], axis=0, out=scale, mode="clip")
+        scale *= low[self.low[rows]]
+
+    def _powers(self, distances):
+        return self.zeta ** (distances / self.scale_base)[:, None]
+
+
+class _Steps:
+    """Numbers as steps from the least of them."""
+
+    def __init__(self, numbers, step):
+        self.least, self.step = numbers.min(initial=np.inf), step
+        self.n = (numbers.max(initial=-np.inf) - self.least) / step + 1
+        self.are_all = 0 < self.n < 2 * numbers.size + 2
+        if self.are_all:
+            self.index = ((numbers - self.least) / step).astype(np.intp)
+            self.n = int(self.n)
+            self.are_all = bool((self.values()[self.index] == numbers).all())
+
+    def values(self):
+        """Return all that there may be, in order."""
+        return self.least + self.step * np.arange(self.n)
 
 
 def _rows(function, positions, inv_freq, attention_factor, angles, dtype):

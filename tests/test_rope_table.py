@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import posenc
 from posenc import rope_cis, rope_table
+from posenc._rope_check import fill_table
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "cos_sin.json"
 ROWS = json.loads(GOLDEN.read_text())
@@ -418,3 +419,12 @@ def test_symmetry(dtype):
     minus_cos, minus_sin = rope_table(-positions, inv_freq, dtype=dtype)
     assert np.array_equal(minus_cos, cos)
     assert np.array_equal(minus_sin, -sin)
+
+
+def test_fill_table_takes_a_number_for_an_array_without_axes():
+    inv_freq = np.array([1.0, 0.1])
+    want = rope_table(3, inv_freq)
+    got = tuple(np.full(2, np.nan, np.float32) for _ in want)
+    fill_table("rope_table", np.array([1.0, 3.0])[1], inv_freq, 1.0, "exact", *got)
+    for ours, theirs in zip(got, want, strict=True):
+        reference.same_bits(ours, theirs)

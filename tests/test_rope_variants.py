@@ -404,6 +404,23 @@ def test_a_cached_key_of_xpos_stays_as_it_is():
         assert same([table[0] for table in step], [table[t] for table in whole])
 
 
+@pytest.mark.parametrize("first", [0, -150, 0.25])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_entry_of_xpos_depends_on_its_own_position_only(first, dtype):
+    inv_freq, _ = rope_inv_freq(256)
+    positions = first + np.arange(700.0)
+    options = {"reference": 3.0, "dtype": dtype}
+    whole = rope_table_xpos(positions, inv_freq, **options)
+    shuffled = np.random.default_rng(4).permutation(700)
+    uneven = rope_table_xpos(np.append(positions[shuffled], 0.125), inv_freq, **options)
+    for table, other in zip(whole, uneven, strict=True):
+        reference.same_bits(other[:-1], table[shuffled])
+    for t in (0, 63, 64, 149, 150, 151, 699):
+        alone = rope_table_xpos(positions[t], inv_freq, **options)
+        for table, row in zip(whole, alone, strict=True):
+            reference.same_bits(row, table[t])
+
+
 def test_xpos_without_decay_is_rope():
     inv_freq, _ = rope_inv_freq(16)
     near = rope_table_xpos(3, inv_freq, reference=3, attention_factor=2, dtype="f8")
