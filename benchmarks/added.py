@@ -5,10 +5,13 @@ What users have instead is a table in memory, which torch multiplies, gathers an
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
+import functools
+
 import numpy as np
 import torch
 
 import posenc
+from posenc._tensors import as_numpy
 
 from .timing import Case, Run
 from .work import copies
@@ -38,30 +41,47 @@ def usual_table(length, dim, dtype=torch.float32):
     return table
 
 
-def _data(batch, length):
+def _data(batch, length, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, length, DIM, generator=generator)
+    x = torch.randn(batch, length, DIM, generator=generator).to(dtype)
     return x, torch.empty_like(x)
 
 
-def add_sinusoidal(batch=BATCH, length=LENGTH):
+def add_sinusoidal(batch=BATCH, length=LENGTH, dtype=torch.float32, offset=0):
     """Scale data and add the table: ours makes it on the way, torch's lies ready."""
-    x, out = _data(batch, length)
-    table, scale = usual_table(length, DIM), DIM**0.5
-    array, result = x.numpy(), out.numpy()
-    posenc.add_sinusoidal(array, scale=scale, out=result)
-    true = array * scale + usual_table(length, DIM, torch.float64).numpy()
-    error = f"{np.abs(result - true).max():.1e}"
+    x, out = _data(batch, length, dtype)
+    own = x.clone()
+    table, scale = usual_table(offset + length, DIM)[offset:].to(dtype), DIM**0.5
+    array, result, inside = as_numpy(x), as_numpy(out), as_numpy(own)
+    function = functools.partial(posenc.add_sinusoidal, scale=scale, offset=offset)
+    function(array, out=result)
+    true = usual_table(offset + length, DIM, torch.float64)[offset:]
+    error = f"{(out.double() - (x.double() * scale + true)).abs().max():.1e}"
+    positions = np.arange(offset, offset + length)
     runs = {
         ("copy", ""): copies([out], [x]),
-        ("posenc", "out given"): lambda: posenc.add_sinusoidal(
-            array, scale=scale, out=result
+        ("posenc", "out given"): lambda: function(array, out=result),
+        ("posenc", "in place"): lambda: function(inside, scale=1.0, out=inside),
+        ("posenc", "out and positions given"): lambda: posenc.add_sinusoidal(
+            array, scale=scale, positions=positions, out=result
         ),
+        ("posenc", "tensor, fresh"): lambda: function(x),
         ("torch, table ready", "out given"): lambda: torch.add(
             table, x, alpha=scale, out=out
         ),
     }
-    return _case(f"add_sinusoidal, {batch} x {length} x {DIM}", runs, error)
+    kind = "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    return _case(f"add_sinusoidal, {batch} x {length} x {DIM}{kind}", runs, error)
+
+
+def add_sinusoidal_bfloat16():
+    """Do the same with 16 bits."""
+    return add_sinusoidal(dtype=torch.bfloat16)
+
+
+def add_sinusoidal_decode():
+    """Do it for the next token."""
+    return add_sinusoidal(1, 1, offset=1000)
 
 
 def add_learned(batch=BATCH, length=LENGTH):
@@ -129,5 +149,8 @@ def extend_table(length=512):
 
 def added_cases():
     """Return pairs of a name and a function that makes the case."""
-    made = (add_sinusoidal, add_learned, sinusoidal, sinusoidal_grid, extend_table)
+    made = (
+        *(add_sinusoidal, add_sinusoidal_bfloat16, add_sinusoidal_decode),
+        *(add_learned, sinusoidal, sinusoidal_grid, extend_table),
+    )
     return [(function.__name__, function) for function in made]

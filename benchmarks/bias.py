@@ -3,6 +3,8 @@ The cases of relative biases: those of 12 heads, 2048 queries and keys, and buck
 
 The bytes of a bias are written and not read, so beside `copy` there are two roofs: they
 are filled with zeros, and with ones, which some processors write at half the speed.
+What users have instead is transformers' function, or the formula in torch, also under
+torch.compile; or a bias that lies ready, which torch adds.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
@@ -13,6 +15,7 @@ import torch
 
 import posenc
 import posenc.torch
+from posenc._tensors import as_numpy
 
 from .timing import Case, Run
 from .work import copies
@@ -21,12 +24,13 @@ N_HEAD, LENGTH, N_BUCKET, DIM, WIDTH = 12, 2048, 32, 128, 32
 ZEROS, ONES = ("zeros", "out given"), ("ones", "out given")
 
 
-def _parameters(name):
+def _parameters(name, dtype):
     """Return what comes before the positions, and options."""
     random = np.random.default_rng(0)
 
     def numbers(*shape):
-        return random.uniform(0.1, 1, shape).astype("f")
+        made = torch.from_numpy(random.uniform(0.1, 1, shape))
+        return as_numpy(made.to(dtype))
 
     return {
         "t5_bias": ((numbers(N_BUCKET, N_HEAD),), {}),
@@ -45,7 +49,7 @@ def _parameters(name):
     }[name]
 
 
-def _transformers(weight, length):
+def _transformers(weight, n_query, n_key):
     """Return what computes T5's bias in transformers."""
     from transformers import T5Config
     from transformers.models.t5.modeling_t5 import T5Attention
@@ -55,24 +59,41 @@ def _transformers(weight, length):
     )
     attention.requires_grad_(False)
     attention.relative_attention_bias.weight.copy_(torch.from_numpy(weight))
-    return lambda: attention.compute_bias(length, length)
+    past = n_key - n_query
+    return lambda: attention.compute_bias(n_query, n_key, past_seen_tokens=past)
 
 
-def bias(name, length=LENGTH):
-    """Compute a bias, and add it to logits."""
-    given, options = _parameters(name)
-    function = functools.partial(
-        getattr(posenc, name), *given, range(length), range(length), **options
-    )
-    out = torch.zeros(N_HEAD, length, length)
-    logits = torch.zeros(N_HEAD, length, length)
-    result, sums = out.numpy(), logits.numpy()
-    slow = np.arange(length, dtype=np.int64)[::-1]  # in no order that is looked for
+def _alibi(slopes, n_query, n_key):
+    """Return the formula in torch."""
+    slopes = torch.from_numpy(slopes)
+
+    def formula():
+        k = torch.arange(n_key)
+        offset = k - k[n_key - n_query :, None]
+        return (slopes[:, None, None] * offset)[None]
+
+    return formula
+
+
+PEERS = {"t5_bias": ("transformers", _transformers), "alibi_bias": ("torch", _alibi)}
+
+
+def bias(name, length=LENGTH, dtype=torch.float32, n_query=None, compiles=True):
+    """Compute a bias, and add it to logits: all queries, or the last with a cache."""
+    n_query = length if n_query is None else n_query
+    given, options = _parameters(name, dtype)
+    q, k = range(length - n_query, length), range(length)
+    function = functools.partial(getattr(posenc, name), *given, q, k, **options)
+    shape = N_HEAD, n_query, length
+    out, logits, ready = (torch.zeros(shape, dtype=dtype) for _ in range(3))
+    result, sums = as_numpy(out), as_numpy(logits)
     function(out=result)
-    turned = getattr(posenc, name)(*given, slow[:4], range(length), **options)
-    error = "same bits"
-    if not np.array_equal(turned, result[:, slow[:4]]):
-        error = f"{np.abs(turned - result[:, slow[:4]]).max():.1e}"
+    order = np.arange(length, dtype=np.int64)[::-1]  # in none that is looked for
+    slow = order[:4] if n_query == length else order[:1]
+    turned = getattr(posenc, name)(*given, slow, k, **options)
+    rows = result[:, slow - length + n_query].astype(np.float64)
+    error = float(np.abs(turned.astype(np.float64) - rows).max())
+    error = f"{error:.1e}" if error else "same bits"
     runs = {
         ("copy", ""): copies([logits], [out]),
         ZEROS: out.zero_,
@@ -80,17 +101,30 @@ def bias(name, length=LENGTH):
         ("posenc", "out given"): lambda: function(out=result),
         ("posenc", "fresh"): function,
         ("posenc", "added in place"): lambda: function(add_to=sums),
+        ("torch, bias ready", "added in place"): lambda: logits.add_(ready),
     }
-    if name == "t5_bias":
-        theirs = _transformers(given[0], length)
+    if name in PEERS and dtype is torch.float32:
+        peer, make = PEERS[name]
+        theirs = make(given[0], n_query, length)
         if not np.array_equal(theirs()[0].numpy(), result):
-            error = "other than transformers"
-        runs["transformers", "fresh"] = theirs
+            error = f"other than {peer}"
+        runs[peer, "fresh"] = theirs
+        if compiles:
+            runs[f"{peer}, torch.compile", "fresh"] = _compiled(theirs)
+    if name == "t5_bias" and n_query == length and dtype is torch.float32:
         runs["posenc.torch", "forward + backward"] = _step(given[0], length)
     runs = {key: Run(call) for key, call in runs.items()}
     facts = {"error": error}
-    title = f"{name}, {N_HEAD} x {length} x {length}"
+    kind = "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    title = f"{name}, {N_HEAD} x {n_query} x {length}{kind}"
     return Case(title, "other", lambda n_thread: (runs, facts))
+
+
+def _compiled(function):
+    torch.compiler.reset()  # or the compilations of other cases count as its own
+    compiled = torch.compile(function, dynamic=False)
+    compiled()
+    return compiled
 
 
 def _step(weight, length):
@@ -149,8 +183,12 @@ BIASES = ("t5_bias", "alibi_bias", "kerple_bias", "fire_bias", "sandwich_bias")
 
 def bias_cases():
     """Return pairs of a name and a function that makes the case."""
+    bfloat16 = {"dtype": torch.bfloat16}
     return [
         *((name, functools.partial(bias, name)) for name in BIASES),
+        ("t5_bias bfloat16", functools.partial(bias, "t5_bias", **bfloat16)),
+        ("t5_bias 512", functools.partial(bias, "t5_bias", 512)),
+        ("t5_bias decode", functools.partial(bias, "t5_bias", n_query=1)),
         ("t5_bucket", buckets),
         ("alibi_slopes", slopes),
     ]

@@ -377,6 +377,9 @@ def other_table(records):
 def _other_text(record, seconds):
     copy = copy_of(record)
     text = ratio_text(seconds / copy) if copy else time_text(seconds)
+    zeros = record["seconds"].get("zeros", {}).get("out given")
+    if zeros and seconds != zeros:
+        text += f" ({ratio_text(seconds / zeros)} of zeros)"
     for many, one in UNITS.items():
         if many in record:
             text += f" ({seconds / record[many] * 1e9:.2f} ns/{one})"
