@@ -202,8 +202,10 @@ def t5_bias(
     q = positions_of(here, "q_positions", q_positions, whole=True)
     k = positions_of(here, "k_positions", k_positions, whole=True)
 
+    columns = np.ascontiguousarray(table.T)
+
     def evaluate(offsets):
-        return table.T.take(_core.t5_bucket(offsets, *buckets), axis=1)
+        return columns.take(_core.t5_bucket(offsets, *buckets), axis=1)
 
     n_head, is_tensor = table.shape[1], are_tensors(weight)
     bias = Bias(here, n_head, table.dtype, is_tensor, evaluate)
