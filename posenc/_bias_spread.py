@@ -210,14 +210,17 @@ def _are_consecutive(positions):
     """Tell whether each is one more than that before it, and all are whole."""
     first = positions[0]
     is_whole = positions.dtype.kind == "i" or (np.isfinite(first) and first % 1 == 0)
-    return bool(is_whole and (positions[1:] - positions[:-1] == 1).all())
+    if len(positions) == 1 or not is_whole:
+        return bool(is_whole)
+    return bool((positions[1:] - positions[:-1] == 1).all())
 
 
 def _spread_values(values, logits, result):
     """Spread values (H, T + S - 1) over (..., H, T, S)."""
     dtype = result.dtype if logits is None else _wide(result.dtype)
     values = np.ascontiguousarray(in_type(values, dtype))
-    values = np.broadcast_to(values, (*result.shape[:-2], values.shape[-1]))
+    if result.ndim > 3:
+        values = np.broadcast_to(values, (*result.shape[:-2], values.shape[-1]))
     if logits is not None and not logits.flags.aligned:
         logits = logits.copy()
     _core.bias_arrays(values, None if logits is None else np.asarray(logits), result)

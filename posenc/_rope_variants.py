@@ -375,6 +375,8 @@ class _Scales:
         self.low = np.fmod(distances, _STEP)
         self.high = distances - self.low
         self.powers = None
+        if distances.size <= _STEP:
+            return
         high, low = _Steps(self.high, _STEP), _Steps(self.low, 1)
         if high.are_all and low.are_all and high.n + low.n < distances.size:
             self.high, self.low = high.index, low.index
