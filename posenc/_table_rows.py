@@ -86,6 +86,8 @@ def by_fast_door(door, x, table, scale, places, out):
     """
     positions, offset, cu_seqlens, mask = places
     start = 0 if offset is None else offset
+    if tensors.is_tensor(start) and start.ndim == 0 and start.is_cpu:
+        start = start.item()
     is_plain = cu_seqlens is None and type(scale) is float and math.isfinite(scale)
     if not is_plain or (positions is not None and offset is not None):
         return NotImplemented
