@@ -203,6 +203,25 @@ def test_a_nan_is_the_one_nan():
     assert (got.view(np.uint32) == 0x7FC00000).all()
 
 
+@every_dtype
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 9])
+def test_rows_by_turns_with_what_rounds_in_its_own_way(dtype, batch):
+    # Subnormals, zeros, infinities and NaN, among numbers that are no trouble.
+    rng = np.random.default_rng(7)
+    tiny = 1e-7 if dtype == np.float16 else 1e-40
+    x = rng.standard_normal((batch, 70, 67))
+    x *= rng.choice([1.0, 0.0, tiny, np.inf], x.shape, p=[0.9, 0.04, 0.04, 0.02])
+    x[:, 3, 5] = np.nan
+    x = x.astype(dtype)
+    table = (rng.standard_normal((70, 67)) * tiny).astype(dtype)
+    table[40:, ::3] = rng.standard_normal((30, 23))
+    mask = rng.random((batch, 70)) < 0.1
+    got = posenc.add_learned(x, table, padding_mask=mask)
+    want = reference.scale_and_add(x, 1, table)
+    want[mask] = 0
+    reference.same_bits(got, want)
+
+
 def test_the_number_of_threads_changes_nothing():
     x, table = normal(2, 700, 300), normal(700, 300, seed=1)
     before = posenc.get_num_threads()

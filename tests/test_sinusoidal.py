@@ -302,6 +302,14 @@ def test_positions_broadcast(shape):
     reference.same_bits(got, want)
 
 
+def test_numbers_that_are_no_doubles_are_refused_by_every_way():
+    x = np.zeros((1, 3, 4), np.float32)
+    posenc.add_sinusoidal(x, offset=2**53 - 3)
+    for positions in ([2**53 + 1, 0, 0], np.array([0, 0, -(2**53) - 1])):
+        with pytest.raises(ValueError, match="magnitude at most"):
+            posenc.add_sinusoidal(x, positions=positions)
+
+
 @every_dtype
 @pytest.mark.parametrize("layout", ["interleaved", "concat"])
 @pytest.mark.parametrize(
