@@ -62,7 +62,7 @@ clear_floating_point_flags(void)
 #endif
 }
 
-enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 5, MAX_STEP = 15 };
+enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 5 };
 
 static void
 tell_no_memory(void)
@@ -71,55 +71,6 @@ tell_no_memory(void)
     NPY_ALLOW_C_API;
     PyErr_NoMemory();
     NPY_DISABLE_C_API;
-}
-
-/* A loop that returns false with nothing to be used, and an error set, if it failed. */
-typedef bool apart_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-                        void *data);
-
-/* NumPy hands over an operand that is the result as well, and takes loops for
- * elementwise.  Run one that is not, on the operands `read`, a bit set: if the result
- * is one of them it is made elsewhere first.  It is operand `out`, of (rows, columns)
- * items, whose steps are the last two; without rows the last one. */
-static void
-run_apart(apart_loop *loop, char **args, const npy_intp *dimensions,
-          const npy_intp *steps, void *data, unsigned read, int out, int n_step,
-          npy_intp rows, npy_intp columns, npy_intp item)
-{
-    bool is_shared = false;
-    for (int i = 0; i < out; i++) {
-        is_shared |= (read >> i & 1) && args[i] == args[out];
-    }
-    if (!is_shared) {
-        loop(args, dimensions, steps, data);
-        return;
-    }
-    npy_intp n = dimensions[0], size = rows * columns * item;
-    char *memory = malloc((size_t)(n * size) + 1), *own_args[MAX_ARGUMENT];
-    if (memory == NULL) {
-        tell_no_memory();
-        return;
-    }
-    npy_intp own_steps[MAX_STEP];
-    memcpy(own_args, args, (size_t)(out + 1) * sizeof(*args));
-    memcpy(own_steps, steps, (size_t)n_step * sizeof(*steps));
-    own_args[out] = memory;
-    own_steps[out] = size;
-    own_steps[n_step - 1] = item;
-    npy_intp row_step = 0;
-    if (rows > 1) {
-        row_step = steps[n_step - 2];
-        own_steps[n_step - 2] = columns * item;
-    }
-    bool is_done = loop(own_args, dimensions, own_steps, data);
-    const char *from = memory;
-    for (npy_intp i = 0; is_done && i < n * rows * columns; i++, from += item) {
-        npy_intp row = i / columns;
-        char *to = args[out] + row / rows * steps[out] + row % rows * row_step +
-                   i % columns * steps[n_step - 1];
-        memcpy(to, from, (size_t)item);
-    }
-    free(memory);
 }
 
 /* One axis of n rows whose operands have the given steps, run as a nest. */
@@ -254,9 +205,9 @@ add_sinusoidal_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
 }
 
 /* (t,d),(s,d),(s,d),(d,p)->(t,d): q, k, v, position_embedding -> out */
-static bool
-attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-               void *data)
+static void
+cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                    void *data)
 {
     npy_intp n_head = dimensions[0], d = dimensions[2];
     attention_job job = {
@@ -288,12 +239,10 @@ attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
         .embedding = {args[3], {steps[3]}},
         .out = {args[4], {steps[4]}},
     };
-    bool is_done = attention_run(&job);
-    if (!is_done) {
+    if (!attention_run(&job)) {
         tell_no_memory();
     }
     clear_floating_point_flags();
-    return is_done;
 }
 
 /* What the loops of CoPE are told: the type of the data, and that of the operand beside
@@ -333,12 +282,45 @@ cope_gates_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
     clear_floating_point_flags();
 }
 
+/* Rows of a loop of CoPE, whose operands are named by their place; the last is out. */
 static void
-cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-                    void *data)
+run_cope(nest_strip *strip, nest_finish *finish, cope_task *task, npy_intp n_row,
+         int logits, int z, char **args, const npy_intp *steps)
 {
-    run_apart(attention_loop, args, dimensions, steps, data, 0xe, 4, 15, dimensions[1],
-              dimensions[2], item_size(*(const int *)data));
+    char *base[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = args[logits], [COPE_Z] = args[z], [COPE_OUT] = args[2]};
+    ptrdiff_t step[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = steps[logits], [COPE_Z] = steps[z], [COPE_OUT] = steps[2]};
+    run_rows(strip, finish, task, task->within.n_key, n_row, base, step);
+}
+
+/* NumPy takes loops for elementwise and hands over a z that is the result as well; but
+ * z is read all over.  Then make the result, of n items a row, elsewhere first. */
+static void
+run_apart(PyUFuncGenericFunction loop, char **args, const npy_intp *dimensions,
+          const npy_intp *steps, void *data, int z, npy_intp n)
+{
+    if (args[z] != args[2]) {
+        loop(args, dimensions, steps, data);
+        return;
+    }
+    const npy_intp n_row = dimensions[0];
+    const npy_intp item = item_size(((const cope_variant *)data)->type);
+    char *memory = malloc((size_t)(n_row * n * item) + 1);
+    if (memory == NULL) {
+        tell_no_memory();
+        return;
+    }
+    char *own_args[] = {args[0], args[1], memory};
+    npy_intp own_steps[] = {steps[0], steps[1], n * item, steps[3], steps[4], item};
+    loop(own_args, dimensions, own_steps, data);
+    for (npy_intp row = 0; row < n_row; row++) {
+        for (npy_intp i = 0; i < n; i++) {
+            memcpy(args[2] + row * steps[2] + i * steps[5],
+                   memory + (row * n + i) * item, (size_t)item);
+        }
+    }
+    free(memory);
 }
 
 /* (s),()->(s): gates, n_position -> positions */
@@ -352,15 +334,11 @@ cope_positions_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
         .within = {.n_key = (size_t)s, .key = steps[3], .out_key = steps[4]},
         .type = variant->type,
     };
-    char *base[NEST_N_OPERAND] = {
-        [COPE_LOGITS] = args[0], [COPE_Z] = args[1], [COPE_OUT] = args[2]};
-    ptrdiff_t step[NEST_N_OPERAND] = {
-        [COPE_LOGITS] = steps[0], [COPE_Z] = steps[1], [COPE_OUT] = steps[2]};
-    run_rows(cope_positions_task_strip, NULL, &task, (size_t)s, n_row, base, step);
+    run_cope(cope_positions_task_strip, NULL, &task, n_row, 0, 1, args, steps);
 }
 
 /* (p),(s)->(s): z, positions -> bias */
-static bool
+static void
 interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                  void *data)
 {
@@ -376,24 +354,18 @@ interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                    .out_key = steps[5]},
         .type = variant->type,
     };
-    char *base[NEST_N_OPERAND] = {
-        [COPE_Z] = args[0], [COPE_LOGITS] = args[1], [COPE_OUT] = args[2]};
-    ptrdiff_t step[NEST_N_OPERAND] = {
-        [COPE_Z] = steps[0], [COPE_LOGITS] = steps[1], [COPE_OUT] = steps[2]};
-    run_rows(cope_interpolate_task_strip, NULL, &task, (size_t)s, n_row, base, step);
-    return true;
+    run_cope(cope_interpolate_task_strip, NULL, &task, n_row, 1, 0, args, steps);
 }
 
 static void
 cope_interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                       void *data)
 {
-    run_apart(interpolate_loop, args, dimensions, steps, data, 1, 2, 6, 1,
-              dimensions[2], item_size(((const cope_variant *)data)->type));
+    run_apart(interpolate_loop, args, dimensions, steps, data, 0, dimensions[2]);
 }
 
 /* (s),(p)->(s): logits, z -> bias */
-static bool
+static void
 bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *data)
 {
     const cope_variant *variant = data;
@@ -410,21 +382,14 @@ bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *
     };
     size_t n_byte = (size_t)n_row * (size_t)s * (size_t)item_size(variant->type);
     cope_task_choose_stores(&task, args[0] == args[2], n_byte);
-    char *base[NEST_N_OPERAND] = {
-        [COPE_LOGITS] = args[0], [COPE_Z] = args[1], [COPE_OUT] = args[2]};
-    ptrdiff_t step[NEST_N_OPERAND] = {
-        [COPE_LOGITS] = steps[0], [COPE_Z] = steps[1], [COPE_OUT] = steps[2]};
-    run_rows(cope_bias_task_strip, cope_task_finish, &task, (size_t)s, n_row, base,
-             step);
-    return true;
+    run_cope(cope_bias_task_strip, cope_task_finish, &task, n_row, 0, 1, args, steps);
 }
 
 static void
 cope_bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                void *data)
 {
-    run_apart(bias_loop, args, dimensions, steps, data, 2, 2, 6, 1, dimensions[1],
-              item_size(((const cope_variant *)data)->type));
+    run_apart(bias_loop, args, dimensions, steps, data, 1, dimensions[1]);
 }
 
 /* (),(),(),()->(): relative_position, num_buckets, max_distance, bidirectional */
@@ -513,6 +478,7 @@ check_attention(PyUFuncObject *ufunc, npy_intp *core)
 typedef struct {
     const char *name, *signature, *doc;
     int nin, nout, n_loop;
+    bool apart; /* the result is made apart from the operands */
     PyUFunc_ProcessCoreDimsFunc *check;
     PyUFuncGenericFunction loop[MAX_LOOP];
     void *data[MAX_LOOP];
@@ -824,6 +790,7 @@ static gufunc_entry gufuncs[] = {
         .nin = 4,
         .nout = 1,
         .n_loop = 3,
+        .apart = true,
         .check = check_attention,
         .loop = {cope_attention_loop, cope_attention_loop, cope_attention_loop},
         .data = {&attention_types[REAL_F32], &attention_types[REAL_F64],
@@ -837,6 +804,12 @@ static gufunc_entry gufuncs[] = {
                             NPY_BFLOAT16}},
     },
 };
+
+/* NumPy's flags of results, but for the one that says that loops are elementwise: if
+ * the result is an operand as well, NumPy has it made elsewhere first. */
+#define RESULT_APART                                                 \
+    (NPY_ITER_WRITEONLY | NPY_ITER_UPDATEIFCOPY | NPY_ITER_ALIGNED | \
+     NPY_ITER_ALLOCATE | NPY_ITER_NO_BROADCAST | NPY_ITER_NO_SUBTYPE)
 
 static int
 add_bfloat16_loops(PyUFuncObject *ufunc, const gufunc_entry *entry)
@@ -868,6 +841,9 @@ add_gufunc(PyObject *module, gufunc_entry *entry)
         return -1;
     }
     ((PyUFuncObject *)ufunc)->process_core_dims_func = entry->check;
+    if (entry->apart) {
+        ((PyUFuncObject *)ufunc)->op_flags[entry->nin] = RESULT_APART;
+    }
     int status = add_bfloat16_loops((PyUFuncObject *)ufunc, entry);
     if (status == 0) {
         status = PyModule_AddObjectRef(module, entry->name, ufunc);
