@@ -163,6 +163,24 @@ cos_sin_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, voi
     run_rows(table_task_strip, NULL, &task, (size_t)m, n_row, base, step);
 }
 
+/* (),(m)->(): distance, inv_freq -> twice the sum of cosines */
+static void
+rope_decay_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                void *data)
+{
+    const table_variant *variant = data;
+    npy_intp n_row = dimensions[0], m = dimensions[1];
+    decay_strip task = {
+        .n_pair = (size_t)m,
+        .inv_freq_type = variant->inv_freq_type,
+        .out_type = variant->out_type,
+        .inv_freq_pair = steps[3],
+    };
+    char *base[NEST_N_OPERAND] = {args[0], args[1], args[2]};
+    ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[2]};
+    run_rows(decay_task_strip, NULL, &task, (size_t)m, n_row, base, step);
+}
+
 /* What the loops of sinusoidal tables are told. */
 typedef struct {
     int layout, type;
@@ -629,6 +647,30 @@ static gufunc_entry gufuncs[] = {
         .types = {NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
                   NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
                   NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT},
+    },
+    {
+        .name = "rope_decay",
+        .signature = "(),(m)->()",
+        .doc =
+            "Twice the sum of the cosines of distance * inv_freq, taken as exact.\n\n"
+            "distance (), inv_freq (m) -> logit (); tokens and radians per token. The\n"
+            "result has the type of inv_freq, float32 or float64, unless dtype= says\n"
+            "other. It is within m * 2**-48 of the true value, then rounded.\n\n"
+            "See posenc.rope_decay. Su et al., 2021, section 3.4.3,\n"
+            "https://arxiv.org/abs/2104.09864\n\n"
+            "Examples\n--------\n"
+            ">>> from posenc import ufunc\n"
+            ">>> ufunc.rope_decay([0.0, 1.0], [1.0, 0.1]).round(3)\n"
+            "array([4.   , 3.071])\n",
+        .nin = 2,
+        .nout = 1,
+        .n_loop = 3,
+        .apart = true,
+        .loop = {rope_decay_loop, rope_decay_loop, rope_decay_loop},
+        .data = {&table_f32, &table_f64, &table_f64_f32},
+        .types = {NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT,   //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT},
     },
     SINUSOIDAL_ENTRY("add_sinusoidal_interleaved", SINUSOIDAL_INTERLEAVED, "by turns",
                      ">>> ufunc.add_sinusoidal_interleaved(np.zeros(5), "
