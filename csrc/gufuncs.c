@@ -519,6 +519,29 @@ typedef struct {
     "See posenc.rope. Su et al., 2021, eq. 34, https://arxiv.org/abs/2104.09864\n\n" \
     "Examples\n--------\n" example
 
+#define ROPE_LOOPS(variants)                                                        \
+    .nin = 3, .nout = 1, .n_loop = 4, .check = check_planar,                        \
+    .loop = {rope_loop, rope_loop, rope_loop, rope_loop},                           \
+    .data = {&variants[F32], &variants[F64], &variants[F16_F32], &variants[F16]},   \
+    .types = {NPY_FLOAT,  NPY_FLOAT,  NPY_FLOAT, NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, \
+              NPY_DOUBLE, NPY_DOUBLE, NPY_HALF,  NPY_FLOAT, NPY_FLOAT,  NPY_HALF,   \
+              NPY_HALF,   NPY_HALF,   NPY_HALF,  NPY_HALF},                         \
+    .n_bfloat16 = 2, .bfloat16_data = {&variants[BF16_F32], &variants[BF16]},       \
+    .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_FLOAT, NPY_BFLOAT16},          \
+                       {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}}
+
+#define COPE_LOOPS(the_loop)                                                       \
+    .nin = 2, .nout = 1, .n_loop = 4,                                              \
+    .loop = {the_loop, the_loop, the_loop, the_loop},                              \
+    .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16_F32],    \
+             &cope_variants[F16]},                                                 \
+    .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, \
+              NPY_HALF,  NPY_FLOAT, NPY_HALF,  NPY_HALF,   NPY_HALF,   NPY_HALF},  \
+    .n_bfloat16 = 2,                                                               \
+    .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},             \
+    .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},                    \
+                       {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}}
+
 #define SINUSOIDAL_DOC(order, example)                                             \
     "Add the sines and cosines of position * inv_freq to x, " order ".\n\n"        \
     "x (n), position (), inv_freq (m) -> (n), with 2 * m <= n; channels past\n"    \
@@ -560,20 +583,7 @@ static gufunc_entry gufuncs[] = {
         .doc = ROPE_DOC("(i, i + m)", ">>> from posenc import ufunc\n"
                                       ">>> ufunc.rope_half([1.0, 2.0], [0.0], [1.0])\n"
                                       "array([-2.,  1.])\n"),
-        .nin = 3,
-        .nout = 1,
-        .n_loop = 4,
-        .check = check_planar,
-        .loop = {rope_loop, rope_loop, rope_loop, rope_loop},
-        .data = {&half[F32], &half[F64], &half[F16_F32], &half[F16]},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,     //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
-                  NPY_HALF, NPY_FLOAT, NPY_FLOAT, NPY_HALF,       //
-                  NPY_HALF, NPY_HALF, NPY_HALF, NPY_HALF},
-        .n_bfloat16 = 2,
-        .bfloat16_data = {&half[BF16_F32], &half[BF16]},
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_FLOAT, NPY_BFLOAT16},
-                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+        ROPE_LOOPS(half),
     },
     {
         .name = "rope_interleaved",
@@ -582,21 +592,7 @@ static gufunc_entry gufuncs[] = {
                         ">>> from posenc import ufunc\n"
                         ">>> ufunc.rope_interleaved([1.0, 2.0], [0.0], [1.0])\n"
                         "array([-2.,  1.])\n"),
-        .nin = 3,
-        .nout = 1,
-        .n_loop = 4,
-        .check = check_planar,
-        .loop = {rope_loop, rope_loop, rope_loop, rope_loop},
-        .data = {&interleaved[F32], &interleaved[F64], &interleaved[F16_F32],
-                 &interleaved[F16]},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,     //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
-                  NPY_HALF, NPY_FLOAT, NPY_FLOAT, NPY_HALF,       //
-                  NPY_HALF, NPY_HALF, NPY_HALF, NPY_HALF},
-        .n_bfloat16 = 2,
-        .bfloat16_data = {&interleaved[BF16_F32], &interleaved[BF16]},
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_FLOAT, NPY_BFLOAT16},
-                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+        ROPE_LOOPS(interleaved),
     },
     {
         .name = "rope_complex",
@@ -743,22 +739,8 @@ static gufunc_entry gufuncs[] = {
                ">>> from posenc import ufunc\n"
                ">>> ufunc.cope_interpolate([0.0, 8.0], [0.25, 1.0, 7.0])\n"
                "array([2., 8., 8.])\n",
-        .nin = 2,
-        .nout = 1,
-        .n_loop = 4,
         .check = check_interpolate,
-        .loop = {cope_interpolate_loop, cope_interpolate_loop, cope_interpolate_loop,
-                 cope_interpolate_loop},
-        .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16_F32],
-                 &cope_variants[F16]},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
-                  NPY_HALF, NPY_FLOAT, NPY_HALF,      //
-                  NPY_HALF, NPY_HALF, NPY_HALF},
-        .n_bfloat16 = 2,
-        .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},
-                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+        COPE_LOOPS(cope_interpolate_loop),
     },
     {
         .name = "cope_bias",
@@ -776,21 +758,8 @@ static gufunc_entry gufuncs[] = {
             ">>> from posenc import ufunc\n"
             ">>> ufunc.cope_bias([0.0, 0.0, float('-inf')], [0.0, 10.0])\n"
             "array([10.,  5.,  0.])\n",
-        .nin = 2,
-        .nout = 1,
-        .n_loop = 4,
         .check = check_bias,
-        .loop = {cope_bias_loop, cope_bias_loop, cope_bias_loop, cope_bias_loop},
-        .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16_F32],
-                 &cope_variants[F16]},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
-                  NPY_HALF, NPY_FLOAT, NPY_HALF,      //
-                  NPY_HALF, NPY_HALF, NPY_HALF},
-        .n_bfloat16 = 2,
-        .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},
-                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+        COPE_LOOPS(cope_bias_loop),
     },
     {
         .name = "t5_bucket",
