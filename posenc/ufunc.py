@@ -23,7 +23,7 @@ and checks, take torch tensors, and are faster on plain arrays.
 - ``cope_attention(q, k, v, position_embedding)``, ``(t,d),(s,d),(s,d),(d,p)->(t,d)``:
   causal, scaled by ``d**-0.5``
 - ``t5_bucket(relative_position, num_buckets, max_distance, bidirectional)``,
-  ``(),(),(),()->()``, elementwise: buckets, all int64
+  ``(),(),(),()->()``, elementwise: buckets, of int64 and a bool
 
 The rotations take float32 and float64; and float16 and ml_dtypes' bfloat16 data with a
 float32 (complex64) table or, but for ``rope_complex``, one of their own type; so do
