@@ -69,7 +69,7 @@ def test_decay_keeps_its_bound(n_pair, dtype):
 
 
 @pytest.mark.parametrize("n_pair", [1, 5, 64, 100])
-def test_no_slow_pair_is_lost_and_distance_0_is_exact(n_pair):
+def test_distance_0_and_pairs_that_stand_still_are_exact(n_pair):
     assert rope_decay(0, np.full(n_pair, 1e300)) == 2 * n_pair
     assert rope_decay(-0.0, np.full(n_pair, 5e-324)) == 2 * n_pair
     assert rope_decay(2**53, np.full(n_pair, 5e-324)) == 2 * n_pair
