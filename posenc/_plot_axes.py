@@ -24,6 +24,7 @@ LOOKS = (
     ("#B8A200", (0, (1, 3)), "*"),  # their yellow is too light for a line
     ("#7f7f7f", (0, (4, 4)), "p"),
 )
+BAR = (1.03, 0, 0.04, 1)  # of a map, in shares of its axes: left, bottom, width, height
 # Evenly lighter from low to high: a grey print keeps the order.
 COLOR_MAP = "cividis"
 GREY = "#555555"
@@ -204,6 +205,8 @@ def draw_map(axes, values, title, unit, *, x, y, aspect="auto"):
     aspect : {'auto', 'equal'}, default 'auto'
         Whether a cell may be oblong.
     """
+    from matplotlib.ticker import MaxNLocator
+
     hidden = ~np.isfinite(values)
     if hidden.any():
         axes.patch.set(hatch="////", edgecolor="#bbbbbb", linewidth=0)
@@ -218,8 +221,16 @@ def draw_map(axes, values, title, unit, *, x, y, aspect="auto"):
     _name_cells(axes.yaxis, *y)
     axes.set_title(title, loc="left", fontsize=TITLE_SIZE)
     axes.spines[:].set_visible(False)
-    bar = axes.figure.colorbar(image, ax=axes, label=unit)
+    bar = axes.figure.colorbar(image, cax=axes.inset_axes(BAR), label=unit)
     bar.outline.set_visible(False)
+    if is_whole(values):
+        bar.locator = MaxNLocator(nbins=8, integer=True)
+
+
+def is_whole(values):
+    """Tell whether all finite values are whole numbers."""
+    finite = values[np.isfinite(values)]
+    return bool((finite == np.round(finite)).all())
 
 
 def _is_even(places):
@@ -241,9 +252,7 @@ def _name_cells(axis, label, places):
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_label_text(label)
-    axis.set_major_locator(
-        MaxNLocator(nbins=8, integer=True, steps=[1, 2, 4, 5, 8, 10])
-    )
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     if not _is_even(places):
         last = len(places) - 1
         axis.set_major_formatter(

@@ -23,6 +23,7 @@ LEAST = {"dim": 2, "length": 2, "heads": 1}
 MAP_CELLS = 4096  # along a side, at most: more than a screen shows
 CURVE_TOKENS = 1 << 24
 CHANNELS = 1 << 14
+PAD = 0.1  # inches around each part of a picture
 BASES = (1e4, 5e5)
 EXTENSION = 4  # factor of the methods whose wavelengths are compared
 SEED = 0
@@ -67,13 +68,13 @@ def _draw_four_decays(figure):
     figure.set_size_inches(12, 7.2)
     grid = figure.subplots(2, 2)
     alike = {
-        "all 0": np.zeros(64),
-        "all 1": np.ones(64),
+        "\u03b8\u1d62 = 0": np.zeros(64),
+        "\u03b8\u1d62 = 1": np.ones(64),
         "geometric": rope_inv_freq(128)[0],
     }
     axes = plot_decay(alike, np.linspace(0, 32, 513), axes=grid[0, 0])
     axes.set_title(
-        "128 channels, radians per token all 0, all 1, geometric", loc="left"
+        "128 channels: equal and geometric frequencies \u03b8\u1d62", loc="left"
     )
     _draw_decay(grid[0, 1], 4, BASES[:1], 1500)
     _draw_decay(grid[1, 0], 256, BASES, 32768)
@@ -150,7 +151,7 @@ def draw_t5_bias(figure, options):
     draw_map(left, buckets, title, "bucket", x=x, y=y, aspect="equal")
     weight = np.random.default_rng(SEED).standard_normal((32, 1))
     axes = plot_bias(t5_bias(weight, positions, positions), axes=right)
-    axes.set_title("Bias of a random weight per bucket (untrained)", loc="left")
+    axes.set_title("A random weight per bucket (not trained)", loc="left")
 
 
 def draw_alibi_bias(figure, options):
@@ -161,12 +162,15 @@ def draw_alibi_bias(figure, options):
     slopes = alibi_slopes(options.heads)
     bias = alibi_bias(slopes, positions, positions)
     bias[:, positions[:, None] < positions] = -np.inf
-    heads = sorted({0, options.heads // 2, options.heads - 1})
-    figure.set_size_inches(MAP[0] * len(heads) * 0.8, MAP[1] * 0.8)
-    panels = figure.subplots(1, len(heads), squeeze=False).flat
+    heads = sorted({0, options.heads // 4, options.heads // 2})
+    figure.set_size_inches(1.6 + 4 * len(heads), 4.4)
+    panels = figure.subplots(1, len(heads), squeeze=False)[0]
     for axes, head in zip(panels, heads, strict=True):
-        plot_bias(bias, head=head, axes=axes)
-        title = f"ALiBi, head {head} of {options.heads}, slope {slopes[head]:.3g}"
+        image = plot_bias(bias, head=head, axes=axes).images[0]
+        image.set_clim(bias[heads, -1].min(), 0)
+        if head != heads[-1]:
+            image.colorbar.remove()
+        title = f"ALiBi, head {head} of {options.heads}: slope {slopes[head]:.3g}"
         axes.set_title(title, loc="left")
 
 
@@ -180,10 +184,10 @@ def draw_cope_positions(figure, options):
     positions[np.triu_indices(len(words), 1)] = np.nan
     left, right = figure.subplots(1, 2)
     axes = plot_cope_positions(positions, labels=words, axes=left)
-    axes.set_title("Gates set by hand: full stops count", loc="left")
+    axes.set_title("Each full stop counts 1 (gates set by hand)", loc="left")
     last = len(words) - 1
     axes = plot_cope_positions(positions, query=last, labels=words, axes=right)
-    axes.set_title("... as the last word sees them", loc="left")
+    axes.set_title(f"The keys of the last query, {words[-1]!r}", loc="left")
 
 
 def draw_extension(figure, options):
@@ -234,12 +238,12 @@ PICTURES = {
         draw_t5_bias,
         (11.0, 4.8),
         "T5's buckets, and a bias with random weights (none are shipped)",
-        {"length": (256, MAP_CELLS)},
+        {"length": (160, MAP_CELLS)},
     ),
     "alibi_bias": Picture(
         draw_alibi_bias,
         MAP,
-        "ALiBi's bias of the first, the middle and the last head",
+        "ALiBi's causal bias of three of the heads",
         {"length": (64, MAP_CELLS), "heads": (8, 1 << 10)},
     ),
     "cope_positions": Picture(
@@ -311,6 +315,7 @@ def draw(name, options):
 
     picture = PICTURES[name]
     figure = Figure(figsize=picture.size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=PAD, h_pad=PAD)
     picture.draw(figure, options)
     return figure
 

@@ -8,28 +8,26 @@ that all of matplotlib can go on from there. Nothing is told by colour alone.
 
 # SPDX-License-Identifier: BSD-3-Clause
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 
 from ._check import must, real_number, whole_number
 from ._decay import complete_turns, rope_decay, sinusoidal_similarity, wavelengths
-from ._extend import Report
-from ._extend_report import content_of
 from ._plot_axes import (
     CURVES,
     GREY,
     MAP,
     axes_or_new,
     draw_map,
+    is_whole,
     label_ends,
     look,
     positions_of,
     set_frame,
     values_of,
 )
+from ._plot_extension import draw_report, read_report
 
 __all__ = [
     "plot_bias",
@@ -43,11 +41,8 @@ __all__ = [
 
 DISTANCES = 4096  # of a decay, unless given
 POSITIONS = 256  # of similarities, unless given
+DENSE = 1000  # points of a curve that can touch each other: a thinner line
 MARKERS = 32  # per curve, at most: further ones would touch
-
-# Look of each method of extension, the same in every picture.
-METHODS = ("none", "linear", "ntk", "yarn", "dynamic", "longrope", "ntk_by_parts",
-           "llama3", "window")  # fmt: skip
 
 
 def plot_table(table, *, positions=None, axes=None):
@@ -89,7 +84,7 @@ def plot_table(table, *, positions=None, axes=None):
     axes = axes_or_new(here, axes, MAP)
     title = f"Table of {n_row} positions, {dim} channels"
     x, y = ("channel", np.arange(dim)), ("position (tokens)", rows)
-    draw_map(axes, table, title, "entry", x=x, y=y)
+    draw_map(axes, table, title, "entry (no unit)", x=x, y=y)
     return axes
 
 
@@ -140,9 +135,10 @@ def plot_decay(inv_freqs, distance=None, *, axes=None):
     for index, (label, inv_freq) in enumerate(inv_freqs.items()):
         color, dashes, _ = look(index)
         logits = rope_decay(distance, inv_freq)
-        axes.plot(distance, logits, color=color, linestyle=dashes, linewidth=1.5)
+        width = 1.5 if distance.size < DENSE else 0.8
+        axes.plot(distance, logits, color=color, linestyle=dashes, linewidth=width)
         ends.append((label, _last(logits), color, dashes))
-    axes.margins(x=0)
+    axes.margins(x=0, y=0.08)
     title = "Decay of RoPE with distance"
     set_frame(axes, title, "distance (tokens)", "sum of cosines (logits)")
     label_ends(axes, ends)
@@ -201,10 +197,10 @@ def plot_wavelengths(inv_freqs, length, *, axes=None):
         tokens = _draw_wavelengths(axes, inv_freq, length, look(index))
         turns = f"{complete_turns(inv_freq, length)} of {inv_freq.size} turn"
         ends.append((f"{label}: {turns}", _last(tokens), color, dashes))
-    title = f"Pairs that complete a turn within {length:g} tokens"
+    title = "Wavelengths against the trained length"
     set_frame(axes, title, "channel pair", "wavelength (tokens per turn)")
     axes.annotate(
-        f"trained length, {length:g}; pairs above it (hollow) complete no turn",
+        f"hollow: no full turn in\nthe trained length, {length:g} tokens",
         (0, length),
         xycoords=("axes fraction", "data"),
         xytext=(6, 3),
@@ -263,7 +259,9 @@ def plot_similarity(dim=128, positions=None, *, theta=10000.0, axes=None):
     axes = axes_or_new(here, axes, MAP)
     title = f"Similarity of positions, {dim} channels, base {theta:g}"
     x = y = "position (tokens)", positions
-    draw_map(axes, products, title, "product of rows", x=x, y=y, aspect="equal")
+    draw_map(
+        axes, products, title, "product of rows (no unit)", x=x, y=y, aspect="equal"
+    )
     return axes
 
 
@@ -332,7 +330,8 @@ def plot_cope_positions(positions, *, query=None, labels=None, axes=None):
     query : int, optional
         Draw the row of this query alone, as steps.
     labels : sequence of str, shape (S,), optional
-        Names of the keys, such as the tokens of a text; by default they are counted.
+        Names of the keys, such as the tokens of a text, of which the queries are the
+        last ones; by default they are counted.
     axes : matplotlib.axes.Axes, optional
         Where to draw; those of a new figure by default.
 
@@ -373,13 +372,18 @@ def plot_cope_positions(positions, *, query=None, labels=None, axes=None):
             ("query (tokens)", np.arange(n_query)),
         )
         draw_map(axes, positions, title, unit, x=x, y=y)
+        if labels is not None and n_query <= n_key:
+            axes.set_yticks(range(n_query), labels[n_key - n_query :])
     else:
         query = whole_number(here, "query", query, 0)
         if query >= n_query:
             rule = f"be less than the number of queries, {n_query}"
             raise ValueError(must(here, "query", rule, query))
         axes = axes_or_new(here, axes, CURVES)
-        axes.step(range(n_key), positions[query], where="mid", color="#000000")
+        row = positions[query]
+        axes.step(range(n_key), row, "k.-", where="mid")
+        if is_whole(row):
+            axes.yaxis.get_major_locator().set_params(integer=True)
         set_frame(axes, f"Contextual positions of query {query}", "key (tokens)", unit)
     if labels is not None:
         axes.set_xticks(range(n_key), labels, rotation=90)
@@ -425,25 +429,14 @@ def plot_extension(report, *, length=None, axes=None):
     'bits per byte (lower is better)'
     """
     here = "plot_extension"
-    unit, trained, runs = _read_report(here, report)
-    lengths = sorted({run["length"] for run in runs})
+    report = read_report(here, report)
+    lengths = sorted({run["length"] for run in report["runs"]})
     length = lengths[-1] if length is None else length
     if length not in lengths:
         rule = f"be among those measured, {', '.join(map(str, lengths))}"
         raise ValueError(must(here, "length", rule, repr(length)))
     axes = axes_or_new(here, axes, CURVES)
-    ends = []
-    for run in runs:
-        if run["length"] != length:
-            continue
-        color, dashes, _ = look(METHODS.index(run["method"]))
-        places = [math.sqrt(part["start"] * part["stop"]) for part in run["curve"]]
-        values = [part["value"] for part in run["curve"]]
-        axes.plot(places, values, color=color, linestyle=dashes, linewidth=2)
-        ends.append((f"{run['method']} {values[-1]:.2f}", values[-1], color, dashes))
-    first = min(run["curve"][0]["start"] for run in runs if run["length"] == length)
-    _set_extension_axes(axes, unit, trained, first, length)
-    label_ends(axes, ends)
+    draw_report(axes, report, length)
     return axes
 
 
@@ -481,57 +474,3 @@ def _draw_wavelengths(axes, inv_freq, length, look):
         axes.plot(pairs[some], tokens[some], linestyle="none", marker=marker,
                   markersize=5, color=color, markerfacecolor=face)  # fmt: skip
     return tokens
-
-
-def _read_report(function, report):
-    """Return (unit, trained length, runs) of what ``extend --json`` writes."""
-    if isinstance(report, Report):
-        report = content_of(report)
-    rule = "be what `python -m posenc extend --json` writes"
-    got = f"a {type(report).__name__}"
-    if isinstance(report, str | Path):
-        got = repr(str(report))
-        try:
-            report = json.loads(Path(report).read_bytes())
-        except ValueError as error:
-            raise ValueError(
-                must(function, "report", rule, f"{got} ({error})")
-            ) from None
-    elif not isinstance(report, dict):
-        raise TypeError(must(function, "report", rule, got))
-    try:
-        unit, trained, runs = (report[k] for k in ("unit", "trained_length", "runs"))
-        complete = runs and all(
-            run["method"] in METHODS and run["length"] and run["curve"] for run in runs
-        )
-    except (KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise ValueError(must(function, "report", rule, got))
-    return unit, trained, runs
-
-
-def _set_extension_axes(axes, unit, trained, first, length):
-    axes.set_xscale("log", base=2)
-    if unit == "perplexity":
-        axes.set_yscale("log")
-    axes.set_xlim(first, length)
-    ticks = 2 ** np.arange(np.ceil(np.log2(first)), np.floor(np.log2(length)) + 1)
-    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
-    noun = "byte" if unit == "bits per byte" else "token"
-    title = f"Reading {length} {noun}s with a model trained on {trained}"
-    x_label = f"position in the text ({noun}s)"
-    set_frame(axes, title, x_label, f"{unit} (lower is better)")
-    if trained < length:
-        axes.axvspan(trained, length, color="#f5f5f5", zorder=0)
-        axes.axvline(trained, color="#999999", linewidth=1)
-        axes.annotate(
-            "past the trained length",
-            (trained, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(5, -5),
-            textcoords="offset points",
-            va="top",
-            color=GREY,
-            fontsize=9,
-        )
