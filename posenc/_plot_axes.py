@@ -31,7 +31,7 @@ GREY = "#555555"
 TITLE_SIZE = 12
 LABEL_SIZE = 10
 # Points from the axes to the sample of a line and to its name.
-SAMPLE, NAME = 6, 36
+SAMPLE, NAME = 6, 44
 LINE_HEIGHT = 1.3  # least distance of two names, in heights of a letter
 
 
@@ -75,7 +75,7 @@ def axes_or_new(function, axes, size):
         return pyplot.subplots(figsize=size, layout="constrained")[1]
     if not isinstance(axes, Axes):
         rule = "be the Axes of a matplotlib figure"
-        raise TypeError(must(function, "axes", rule, f"a {type(axes).__name__}"))
+        raise TypeError(must(function, "axes", rule, type(axes).__name__))
     return axes
 
 
@@ -128,14 +128,13 @@ def label_ends(axes, ends):
             xycoords=place,
             textcoords=place,
             va="center",
-            color=color,
             fontsize=LABEL_SIZE,
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
                 "color": color,
                 "linestyle": dashes,
-                "linewidth": 2,
+                "linewidth": 1.5,
                 "shrinkA": 3,
                 "shrinkB": 0,
                 "relpos": (0, 0.5),
@@ -188,7 +187,7 @@ def spread(heights, step):
 # --- maps ----------------------------------------------------------------------------
 
 
-def draw_map(axes, values, title, unit, *, x, y, aspect="auto"):
+def draw_map(axes, values, title, unit, *, x, y, square=False):
     """
     Draw a map from dark to light, hatched where a value is not finite.
 
@@ -202,19 +201,18 @@ def draw_map(axes, values, title, unit, *, x, y, aspect="auto"):
         Of the picture, and of the values.
     x, y : (str, ndarray)
         Label of an axis, and what stands at each column or row.
-    aspect : {'auto', 'equal'}, default 'auto'
-        Whether a cell may be oblong.
+    square : bool, default False
+        Whether cells are to be squares, unless that makes a narrow strip.
     """
-    from matplotlib.ticker import MaxNLocator
-
     hidden = ~np.isfinite(values)
     if hidden.any():
         axes.patch.set(hatch="////", edgecolor="#bbbbbb", linewidth=0)
     (left, right), (top, bottom) = _span(x[1]), _span(y[1])
+    n_least, n_most = sorted(values.shape)
     image = axes.imshow(
         np.ma.array(values, mask=hidden),
         cmap=COLOR_MAP,
-        aspect=aspect,
+        aspect="equal" if square and n_most <= 2 * n_least else "auto",
         extent=(left, right, bottom, top),
     )
     _name_cells(axes.xaxis, *x)
@@ -224,7 +222,14 @@ def draw_map(axes, values, title, unit, *, x, y, aspect="auto"):
     bar = axes.figure.colorbar(image, cax=axes.inset_axes(BAR), label=unit)
     bar.outline.set_visible(False)
     if is_whole(values):
-        bar.locator = MaxNLocator(nbins=8, integer=True)
+        bar.locator = whole_ticks()
+
+
+def whole_ticks():
+    """Return a locator of a few ticks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
 
 
 def is_whole(values):
@@ -249,10 +254,10 @@ def _span(places):
 
 def _name_cells(axis, label, places):
     """Label an axis; where its places are uneven, cells are counted and named."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter
 
     axis.set_label_text(label)
-    axis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(whole_ticks())
     if not _is_even(places):
         last = len(places) - 1
         axis.set_major_formatter(

@@ -148,7 +148,7 @@ def draw_t5_bias(figure, options):
     buckets = t5_bucket(positions - positions[:, None])
     x, y = ("key (tokens)", positions), ("query (tokens)", positions)
     title = "T5: bucket of each distance"
-    draw_map(left, buckets, title, "bucket", x=x, y=y, aspect="equal")
+    draw_map(left, buckets, title, "bucket", x=x, y=y, square=True)
     weight = np.random.default_rng(SEED).standard_normal((32, 1))
     axes = plot_bias(t5_bias(weight, positions, positions), axes=right)
     axes.set_title("A random weight per bucket (not trained)", loc="left")

@@ -44,7 +44,7 @@ def read_report(function, report):
     rule = "be what `python -m posenc extend --json` writes"
     if isinstance(report, Report):
         return content_of(report)
-    got = f"a {type(report).__name__}"
+    got = type(report).__name__
     if isinstance(report, str | Path):
         got = repr(str(report))
         try:
@@ -95,6 +95,7 @@ def draw_report(axes, report, length):
         ends.append((f"{run['method']} {values[-1]:.2f}", values[-1], color, dashes))
     first = runs[0]["curve"][0]["start"]
     _set_axes(axes, report["unit"], report["trained_length"], first, length)
+    axes.margins(y=0.08)
     label_ends(axes, ends)
 
 

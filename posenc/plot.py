@@ -26,6 +26,7 @@ from ._plot_axes import (
     positions_of,
     set_frame,
     values_of,
+    whole_ticks,
 )
 from ._plot_extension import draw_report, read_report
 
@@ -207,6 +208,7 @@ def plot_wavelengths(inv_freqs, length, *, axes=None):
         textcoords="offset points",
         color=GREY,
         fontsize=9,
+        zorder=1,  # behind the curves
     )
     label_ends(axes, ends)
     return axes
@@ -259,9 +261,7 @@ def plot_similarity(dim=128, positions=None, *, theta=10000.0, axes=None):
     axes = axes_or_new(here, axes, MAP)
     title = f"Similarity of positions, {dim} channels, base {theta:g}"
     x = y = "position (tokens)", positions
-    draw_map(
-        axes, products, title, "product of rows (no unit)", x=x, y=y, aspect="equal"
-    )
+    draw_map(axes, products, title, "product of rows (no unit)", x=x, y=y, square=True)
     return axes
 
 
@@ -314,7 +314,7 @@ def plot_bias(bias, *, head=0, q_positions=None, k_positions=None, axes=None):
     columns = positions_of(here, "k_positions", k_positions, n_key)
     axes = axes_or_new(here, axes, MAP)
     x, y = ("key (tokens)", columns), ("query (tokens)", rows)
-    draw_map(axes, bias, title, "bias (logits)", x=x, y=y, aspect="equal")
+    draw_map(axes, bias, title, "bias (logits)", x=x, y=y, square=True)
     return axes
 
 
@@ -382,8 +382,9 @@ def plot_cope_positions(positions, *, query=None, labels=None, axes=None):
         axes = axes_or_new(here, axes, CURVES)
         row = positions[query]
         axes.step(range(n_key), row, "k.-", where="mid")
+        axes.xaxis.set_major_locator(whole_ticks())
         if is_whole(row):
-            axes.yaxis.get_major_locator().set_params(integer=True)
+            axes.yaxis.set_major_locator(whole_ticks())
         set_frame(axes, f"Contextual positions of query {query}", "key (tokens)", unit)
     if labels is not None:
         axes.set_xticks(range(n_key), labels, rotation=90)
@@ -447,7 +448,7 @@ def _frequencies(function, inv_freqs):
     """Return a dict of frequencies in float64; raise unless it is one."""
     rule = "be a dict of labels and frequencies"
     if not isinstance(inv_freqs, dict):
-        got = f"a {type(inv_freqs).__name__}"
+        got = type(inv_freqs).__name__
         raise TypeError(must(function, "inv_freqs", rule, got))
     if not inv_freqs:
         raise ValueError(must(function, "inv_freqs", rule, "an empty one"))
