@@ -168,8 +168,60 @@ def test_out_without_gradients_only():
             lambda: pt.add_sinusoidal(torch.ones(3, 1), positions=[0] * 3, offset=1),
             "positions must not be given together with offset; got both",
         ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), positions="first"),
+            "positions must be a torch.Tensor or an array that torch can read; got str",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), scale=None),
+            "scale must be a finite number; got None",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), theta="large"),
+            "theta must be a positive number; got 'large'",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), downscale_freq_shift=None),
+            "downscale_freq_shift must be a finite number; got None",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), layout="half"),
+            "layout must be one of 'interleaved', .*; got 'half'",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), out=[1.0]),
+            "out must be a torch.Tensor; got list",
+        ),
+        (
+            lambda: pt.add_sinusoidal(data(3, 1), out=torch.ones(3, 1)),
+            "out must be None where gradients are needed; got a tensor",
+        ),
+        (
+            lambda: pt.add_learned(torch.ones(3, 1), torch.ones(3, 1), scale="2"),
+            "scale must be a finite number; got '2'",
+        ),
+        (
+            lambda: pt.add_learned(torch.ones(3, 1), torch.ones(3, 1), out=[1.0]),
+            "out must be a torch.Tensor; got list",
+        ),
         (lambda: pt.SinusoidalEmbedding(theta=0), "theta must be a positive number"),
+        (lambda: pt.SinusoidalEmbedding(scale=True), "scale must be a finite number"),
+        (
+            lambda: pt.SinusoidalEmbedding(downscale_freq_shift="1"),
+            "downscale_freq_shift must be a finite number; got '1'",
+        ),
+        (lambda: pt.SinusoidalEmbedding(layout="x"), "layout must be one of"),
         (lambda: pt.LearnedEmbedding(0, 4), "n_position must be a whole number of"),
+        (lambda: pt.LearnedEmbedding(4, 0), "dim must be a whole number of at least 1"),
+        (lambda: pt.LearnedEmbedding(4, 4, scale=None), "scale must be a finite"),
+        (
+            lambda: pt.LearnedEmbedding.from_table([[1.0]]),
+            "table must be a torch.Tensor; got list",
+        ),
+        (
+            lambda: pt.LearnedEmbedding.from_table(torch.ones(3)),
+            "table must be of shape .P, dim.; got shape .3,.",
+        ),
     ],
 )
 def test_errors(call, text):
