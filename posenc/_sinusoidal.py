@@ -10,6 +10,7 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import (
+    as_array,
     must,
     one_of,
     real_array,
@@ -362,7 +363,7 @@ def _grid_axes(function, shape):
     axes = []
     for number, axis in enumerate(shape):
         name = f"shape[{number}]"
-        if np.ndim(axis) == 0:
+        if as_array(function, name, axis).ndim == 0:
             positions = np.arange(float(whole_number(function, name, axis, 0)))
         else:
             positions = real_array(function, name, axis)

@@ -245,6 +245,11 @@ def test_dask_chunks_the_buckets():
         assert isinstance(result, da.Array)
         assert result.numblocks == (2, 2)
         reference.same_bits(result.compute(), want)
+    with pytest.raises(TypeError, match="out must be None for relative_position of"):
+        posenc.t5_bucket(chunked, out=np.zeros((8, 50), np.int64))
+    logits = da.zeros((3, 8, 50))
+    with pytest.raises(TypeError, match="add_to must be a plain NumPy array; got Arr"):
+        posenc.alibi_bias(np.ones(3), range(8), range(50), add_to=logits)
 
 
 # --- T5 against transformers: the bias -----------------------------------------------
