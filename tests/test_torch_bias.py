@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -355,6 +356,18 @@ def test_module_state():
     symmetric = ALiBi(4, symmetric=True)(5, dtype=torch.float64)
     want = posenc.alibi_bias(posenc.alibi_slopes(4), range(5), range(5), symmetric=True)
     reference.same_bits(symmetric.numpy(), want)
+
+
+@pytest.mark.parametrize("make", [T5Bias, ALiBi])
+def test_modules_are_pickled_and_made_on_meta(make):
+    module = make(5)
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again.eval()(4, 7), module.train()(4, 7))
+    with torch.device("meta"):
+        module = make(5)
+    assert module(4, 7).shape == (5, 4, 7)
+    module.to_empty(device="cpu").load_state_dict(again.state_dict())
+    assert torch.equal(module(4, 7), again(4, 7))
 
 
 def test_t5_bias_can_be_learned():

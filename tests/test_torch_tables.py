@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import copy
+import pickle
 
 import pytest
 
@@ -257,4 +258,20 @@ def test_a_sinusoidal_module_has_no_state():
     want = posenc.sinusoidal(range(5), 6, layout="concat", downscale_freq_shift=1)
     assert torch.equal(module(x), x + torch.from_numpy(want))
     assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    assert "layout='concat'" in repr(module)
+    assert "layout='concat', downscale_freq_shift=1.0" in repr(module)
+
+
+@pytest.mark.parametrize("name", ["SinusoidalEmbedding", "LearnedEmbedding"])
+def test_modules_are_pickled_and_made_on_meta(name):
+    arguments = (9, 6) if name == "LearnedEmbedding" else ()
+    module, x = getattr(pt, name)(*arguments, scale=2.0), torch.randn(2, 5, 6)
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again.eval()(x), module.train()(x))
+    with torch.device("meta"):
+        module = getattr(pt, name)(*arguments)
+    result = module(x.to("meta"))
+    assert result.is_meta
+    assert result.shape == x.shape
+    module.to_empty(device="cpu").load_state_dict(again.state_dict())
+    module.scale = 2.0
+    assert torch.equal(module(x), again(x))
