@@ -372,6 +372,11 @@ def kerple_bias(
     --------
     t5_bias : Another learned bias, with more on positions and memory.
 
+    Notes
+    -----
+    The paper's eq. 1 adds the bias before logits are divided by ``sqrt(head_dim)``: for
+    logits that already are, r1 is the paper's over ``sqrt(head_dim)``.
+
     References
     ----------
     .. [1] Chi et al., "KERPLE: Kernelized Relative Positional Embedding for Length
@@ -467,7 +472,7 @@ def fire_bias(
     References
     ----------
     .. [1] Li et al., "Functional Interpolation for Relative Positions Improves Long
-       Context Transformers", 2023, section 3. https://arxiv.org/abs/2310.04418
+       Context Transformers", 2023. https://arxiv.org/abs/2310.04418
 
     Examples
     --------
@@ -562,7 +567,7 @@ def sandwich_bias(
     References
     ----------
     .. [1] Chi et al., "Dissecting Transformer Length Extrapolation via the Lens of
-       Receptive Field Analysis", 2023, section 5. https://arxiv.org/abs/2212.10356
+       Receptive Field Analysis", 2023. https://arxiv.org/abs/2212.10356
 
     Examples
     --------

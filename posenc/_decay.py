@@ -224,7 +224,7 @@ def rope_period(dim, theta=10000.0, *, scaling=None, seq_len=None):
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
        Embedding", 2021, eq. 15 and section 3.4.3. https://arxiv.org/abs/2104.09864
     .. [2] Peng et al., "YaRN: Efficient Context Window Extension of Large Language
-       Models", 2023, section 3.2. https://arxiv.org/abs/2309.00071
+       Models", 2023, eq. 13. https://arxiv.org/abs/2309.00071
 
     Examples
     --------
@@ -270,7 +270,7 @@ def wavelengths(inv_freq):
     References
     ----------
     .. [1] Peng et al., "YaRN: Efficient Context Window Extension of Large Language
-       Models", 2023, section 3.2. https://arxiv.org/abs/2309.00071
+       Models", 2023, eq. 13. https://arxiv.org/abs/2309.00071
 
     Examples
     --------

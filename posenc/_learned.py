@@ -180,8 +180,10 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
     -----
     For the old rows e, ``'hierarchical'`` gives position ``i * n + j`` the row
     ``alpha * u[i] + (1 - alpha) * u[j]`` with ``u[i] = (e[i] - alpha * e[0]) /
-    (1 - alpha)``. Some models keep rows in front that are no positions, as RoBERTa's
-    two: extend ``table[2:]`` and put them back.
+    (1 - alpha)``, so that ``e[0]`` has a part in all new rows. Some models keep rows in
+    front that are no positions, as RoBERTa's first two, or belong to a special token
+    and are unlike the others, as BERT's first: extend ``table[2:]`` or ``table[1:]``
+    and put them back.
 
     References
     ----------

@@ -625,7 +625,7 @@ def fire_bias(
     References
     ----------
     .. [1] Li et al., "Functional Interpolation for Relative Positions Improves Long
-       Context Transformers", 2023, section 3. https://arxiv.org/abs/2310.04418
+       Context Transformers", 2023. https://arxiv.org/abs/2310.04418
 
     Examples
     --------

@@ -331,7 +331,7 @@ def test_sections_as_transformers_has_them(family, section, head_dim):
 
 
 def true_xpos(position, inv_freq, pair, n_pair, reference_, keys, base=512, gamma=0.4):
-    """Sun et al., 2022, algorithm 1: the scale times cosine and sine, by mpmath."""
+    """Sun et al., 2022, algorithm 1, with torchscale's base, by mpmath."""
     with mp.workprec(400):
         zeta = (mp.mpf(pair) / n_pair + mp.mpf(gamma)) / (1 + mp.mpf(gamma))
         power = (mp.mpf(position) - reference_) / base
