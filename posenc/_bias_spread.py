@@ -13,6 +13,7 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_array
+from ._cope import _are_one
 from ._rope_check import REAL_RULE, _real_kind, _widest
 
 # Elements that are evaluated at once where positions are not consecutive.
@@ -68,6 +69,15 @@ def positions_of(function, name, value, whole=False):
     return array.astype(np.int64 if whole else np.float64)  # a copy, as above
 
 
+def leading_axes(function, name, first, second):
+    """Return what all axes but the last of two arrays are broadcast to."""
+    try:
+        return np.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+    except ValueError:
+        rule = f"have leading axes that broadcast with {first.shape[:-1]}"
+        raise ValueError(must(function, name, rule, second.shape[:-1])) from None
+
+
 def are_tensors(*given):
     """Tell whether any of them is a torch tensor."""
     return any(map(tensors.is_tensor, given))
@@ -102,12 +112,7 @@ def spread(bias, q_positions, k_positions, add_to, out):
 
 def _result_shape(bias, q, k, logits):
     """Return (..., H, T, S); raise if positions and logits do not fit."""
-    try:
-        lead = np.broadcast_shapes(q.shape[:-1], k.shape[:-1])
-    except ValueError:
-        rule = f"have leading axes that broadcast with {q.shape[:-1]}"
-        got = must(bias.function, "k_positions", rule, k.shape[:-1])
-        raise ValueError(got) from None
+    lead = leading_axes(bias.function, "k_positions", q, k)
     own = (bias.n_head, q.shape[-1], k.shape[-1])
     if logits is None:
         return (*lead, *own)
@@ -163,11 +168,6 @@ def _apart(result, logits):
     if result.flags.aligned and (is_apart or _are_one(result, logits)):
         return np.asarray(result)
     return np.empty(result.shape, result.dtype)
-
-
-def _are_one(a, b):
-    same = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return same and a.strides == b.strides
 
 
 # --- the two ways --------------------------------------------------------------------
