@@ -117,6 +117,20 @@ def test_any_position_in_the_sense_of_exact_tables(dtype, layout, dim):
         assert (got[:, 2 * (dim // 2) :] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_hard_angles_too(dtype):
+    """Next to multiples of pi/2, by mpmath: a sum with zero is the table."""
+    for _, *numbers, cos, sin in json.loads((GOLDEN / "cos_sin.json").read_text()):
+        position, inv_freq, factor = map(float.fromhex, numbers)
+        if factor == 1:
+            got = posenc.ufunc.add_sinusoidal_concat(
+                np.zeros(2, dtype), position, np.array([inv_freq])
+            )
+            for value, text in zip(got, (sin, cos), strict=True):
+                error = reference.ulp_error(value, reference.from_hex(text), dtype)
+                assert error <= TABLE_ULP[dtype]
+
+
 @pytest.mark.parametrize("shift", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("scale", [1.0, 1000.0, -0.7])
 def test_frequencies_are_the_nearest_doubles(shift, scale):
