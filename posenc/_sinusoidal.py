@@ -337,7 +337,8 @@ def add_sinusoidal(
     table = _Table.checked(here, array.shape[-1], theta, layout, downscale_freq_shift)
     refuse_both(here, positions, offset, cu_seqlens)
     if positions is None:
-        positions = counted(here, lead, offset, cu_seqlens).astype(np.float64)
+        positions = counted(here, lead, offset, cu_seqlens)
+        positions = real_array(here, "offset", positions)
     else:
         positions = real_array(here, "positions", positions)
     positions = one_per_row(here, "positions", positions, lead)
