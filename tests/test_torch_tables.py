@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
 import posenc  # noqa: E402
 import posenc.torch as pt  # noqa: E402
 
@@ -228,6 +230,19 @@ def test_out_without_gradients_only():
 def test_errors(call, text):
     with pytest.raises((TypeError, ValueError), match=text):
         call()
+
+
+def test_other_devices():
+    with FakeTensorMode():
+        x, slopes = (torch.empty(shape, device="cuda") for shape in ((3, 4), (3,)))
+    calls = [
+        lambda: pt.add_sinusoidal(x),
+        lambda: pt.add_learned(x, torch.ones(3, 4)),
+        lambda: pt.alibi_bias(slopes, range(3), range(3)),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="must be on the CPU; got a tensor on cuda"):
+            call()
 
 
 # --- modules -------------------------------------------------------------------------
