@@ -252,13 +252,13 @@ def _check(function, given, add_to, out):
 def _check_shapes(function, **given):
     """Raise unless learned numbers are real and have shapes, given as (tensor, shape).
 
-    Compiled code leaves shapes to torch.
+    Compiled code leaves sizes to torch.
     """
     for name, (tensor, shape) in given.items():
         if tensor.is_complex():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise TypeError(must(function, name, REAL_RULE, f"dtype {kind}"))
-        if not _is_compiling():
+        if tensor.dim() != len(shape) or not _is_compiling():
             check_shape(function, name, tuple(tensor.shape), shape)
 
 
