@@ -7,7 +7,7 @@ import numpy as np
 
 from . import _core
 from . import _tensors as tensors
-from ._bias_spread import are_tensors, positions_of
+from ._bias_spread import are_tensors, leading_axes, positions_of
 from ._check import must, real_array, real_dtype, real_number, whole_number
 from ._rope_check import table_result
 from ._scaling import checked_frequencies
@@ -157,11 +157,7 @@ def sinusoidal_similarity(
     tensor = are_tensors(positions_a, positions_b)
     a = positions_of(here, "positions_a", positions_a)
     b = positions_of(here, "positions_b", positions_b)
-    try:
-        lead = np.broadcast_shapes(a.shape[:-1], b.shape[:-1])
-    except ValueError:
-        rule = f"have leading axes that broadcast with {a.shape[:-1]}"
-        raise ValueError(must(here, "positions_b", rule, b.shape[:-1])) from None
+    lead = leading_axes(here, "positions_b", a, b)
     shape = (*lead, a.shape[-1], b.shape[-1])
     answer, result = table_result(here, "out", out, shape, dtype, tensor)
     rows = [sinusoidal(x, dim, theta=theta, dtype=np.float64) for x in (a, b)]
@@ -213,7 +209,7 @@ def rope_period(dim, theta=10000.0, *, scaling=None, seq_len=None):
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
        Embedding", 2021, eq. 15 and section 3.4.3. https://arxiv.org/abs/2104.09864
     .. [2] Peng et al., "YaRN: Efficient Context Window Extension of Large Language
-       Models", 2023, section 3.2. https://arxiv.org/abs/2309.00071
+       Models", 2023, eq. 13. https://arxiv.org/abs/2309.00071
 
     Examples
     --------
@@ -259,7 +255,7 @@ def wavelengths(inv_freq):
     References
     ----------
     .. [1] Peng et al., "YaRN: Efficient Context Window Extension of Large Language
-       Models", 2023, section 3.2. https://arxiv.org/abs/2309.00071
+       Models", 2023, eq. 13. https://arxiv.org/abs/2309.00071
 
     Examples
     --------

@@ -444,7 +444,7 @@ def t5_bucket(offset, num_buckets, max_distance, bidirectional):
 
 
 def alibi_slopes(n_head):
-    """Press et al., 2022, footnote 8 to section 3: the authors' own recursion."""
+    """Press et al., 2022: the recursion of the authors' own code, for any number."""
 
     def of_power(n):
         start = 2.0 ** (-(2.0 ** -(math.log2(n) - 3)))
@@ -466,7 +466,7 @@ def alibi(slopes, q_positions, k_positions, symmetric=False):
 
 
 def kerple(r1, r2, q_positions, k_positions, kernel):
-    """Chi et al., 2022: -r1 log(1 + r2 |m - n|), or -r1 |m - n|^r2."""
+    """Chi et al., 2022, section 4: -r1 log(1 + r2 |m - n|), or -r1 |m - n|^r2."""
     distance = np.abs(offsets(q_positions, k_positions))
     if kernel == "log":
         return np.array(
