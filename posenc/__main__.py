@@ -1,4 +1,4 @@
-"""The command line: ``python -m posenc extend``."""
+"""The command line: ``python -m posenc extend`` and ``python -m posenc plot``."""
 
 # SPDX-License-Identifier: BSD-3-Clause
 
@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from . import _extend, _extend_report
+from . import _extend, _extend_report, _plot_command
 
 EXTEND = """\
 Measure how well a model reads text longer than it was trained on, under several
@@ -26,7 +26,21 @@ extend a context. longrope needs factors that were searched for one model.
 Byte-level models are measured in bits per byte, models with a tokenizer in
 perplexity. Nothing is trained and no file of the model is changed.
 """
+PLOT = """\
+Draw a picture. NAME is one of
+
+{pictures}
+"""
+PLOT_OPTIONS = {
+    "dim": (int, "D", "channels"),
+    "length": (int, "L", "tokens"),
+    "theta": (float, "B", "base of the frequencies"),
+    "heads": (int, "H", "how many heads there are"),
+    "json": (str, "FILE", "what `extend --json` wrote"),
+}
 WIDTH = 80
+DPI = 150
+SUFFIXES = (".png", ".svg", ".pdf")
 LENGTHS = (
     "comma-separated (default: T,2T,4T,8T without those of 4T and 8T that the text "
     "is too short for)"
@@ -40,10 +54,14 @@ def parser():
         description="Positional encodings for transformers on the CPU.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    methods = "\n".join(
-        textwrap.fill(f"  {k:12} {v}", WIDTH, subsequent_indent=" " * 15)
-        for k, v in _extend.METHODS.items()
-    )
+    add_extend(commands)
+    add_plot(commands)
+    return top
+
+
+def add_extend(commands):
+    """Add the parser of ``extend``."""
+    methods = listed(_extend.METHODS)
     extend = commands.add_parser(
         "extend",
         help="compare ways to extend the context of a model, on real text",
@@ -91,10 +109,38 @@ def parser():
         help="write a figure, loss over position (PNG, SVG, PDF)",
     )
     add("--json", metavar="FILE", help="write all numbers")
-    return top
+    extend.set_defaults(run=run_extend)
 
 
-def extend(args):
+def add_plot(commands):
+    """Add the parser of ``plot``."""
+    pictures = {k: v.help for k, v in _plot_command.PICTURES.items()}
+    plot = commands.add_parser(
+        "plot",
+        help="draw a picture of an encoding",
+        description=PLOT.format(pictures=listed(pictures)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    add = plot.add_argument
+    add("name", metavar="NAME", help="which picture, see above")
+    add("-o", "--output", metavar="FILE", required=True, help="PNG, SVG or PDF")
+    for name, (kind, metavar, text) in PLOT_OPTIONS.items():
+        defaults = _plot_command.defaults(name)
+        add(f"--{name}", type=kind, metavar=metavar, help=f"{text}: {defaults}")
+    plot.set_defaults(run=run_plot)
+
+
+def listed(items):
+    """Return names and what they mean, one a line, for a help text."""
+    width = max(map(len, items))
+    return "\n".join(
+        textwrap.fill(f"  {k:{width}} {v}", WIDTH, subsequent_indent=" " * (width + 3))
+        for k, v in items.items()
+    )
+
+
+def run_extend(args):
     """Measure, print the tables and the sentence, write the files asked for."""
     check_outputs(args)
     print("loading\u2026", file=sys.stderr, flush=True)
@@ -115,36 +161,54 @@ def extend(args):
         with writing("json", args.json):
             Path(args.json).write_text(_extend_report.to_json(report), encoding="utf-8")
     if args.plot:
-        from .plot import plot_extension
-
         with writing("plot", args.plot):
-            plot_extension(report, args.plot)
+            options = argparse.Namespace(json=report, length=None)
+            figure = _plot_command.draw("extension", options)
+            figure.savefig(args.plot, dpi=DPI)
+
+
+def run_plot(args):
+    """Draw a picture and write it."""
+    options = _plot_command.check(args)
+    check_picture("output", args.output, "plot")
+    figure = _plot_command.draw(args.name, options)
+    with writing("output", args.output, "plot"):
+        figure.savefig(args.output, dpi=DPI)
 
 
 @contextlib.contextmanager
-def writing(name, path):
+def writing(name, path, command="extend"):
     """Turn the error of a file that cannot be written into one line."""
     try:
         yield
     except OSError as error:
         why = error.strerror or error
-        _extend.refuse(name, "be a file that can be written", f"{path!r} ({why})")
+        rule = "be a file that can be written"
+        _extend.refuse(name, rule, f"{path!r} ({why})", command)
 
 
 def check_outputs(args):
     """Refuse a file that cannot be written before the measuring starts."""
     if args.plot is not None:
-        _extend.require("matplotlib", "plot")
-        if Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
-            _extend.refuse("plot", "end in .png, .svg or .pdf", repr(args.plot))
-    for name in ("plot", "json"):
-        path = getattr(args, name)
-        if path is None:
-            continue
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            _extend.refuse(name, "be a file in an existing folder", repr(path))
-        with writing(name, path):
-            try_to_write(Path(path))
+        check_picture("plot", args.plot)
+    if args.json is not None:
+        check_output("json", args.json)
+
+
+def check_picture(name, path, command="extend"):
+    """Refuse a picture that cannot be drawn or written."""
+    _extend.require("matplotlib", "plot", command)
+    if Path(path).suffix.lower() not in SUFFIXES:
+        _extend.refuse(name, "end in .png, .svg or .pdf", repr(path), command)
+    check_output(name, path, command)
+
+
+def check_output(name, path, command="extend"):
+    """Refuse a file that cannot be written."""
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        _extend.refuse(name, "be a file in an existing folder", repr(path), command)
+    with writing(name, path, command):
+        try_to_write(Path(path))
 
 
 def try_to_write(path):
@@ -172,7 +236,7 @@ def main(argv=None):
     """Run the command line and return the exit status."""
     args = parser().parse_args(argv)
     try:
-        extend(args)
+        args.run(args)
     except _extend.ExtendError as error:
         print(error, file=sys.stderr)
         return 2

@@ -56,9 +56,9 @@ class ExtendError(ValueError):
     """What the user asked for cannot be done; the message is one line."""
 
 
-def refuse(parameter, rule, got):
+def refuse(parameter, rule, got, command="extend"):
     """Raise the error that ends the command."""
-    raise ExtendError(must("extend", parameter, rule, got)) from None
+    raise ExtendError(must(command, parameter, rule, got)) from None
 
 
 # ---------------------------------------------------------------- what to measure
@@ -162,13 +162,13 @@ def buckets(trained, length):
 # ---------------------------------------------------------------- model and text
 
 
-def require(module, extra):
+def require(module, extra, command="extend"):
     """Import an optional module or say which extra installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
         rule = f"be installed (pip install 'posenc[{extra}]')"
-        raise ExtendError(must("extend", module, rule, "no such module")) from None
+        refuse(module, rule, "no such module", command)
 
 
 def load_config(folder):

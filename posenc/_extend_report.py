@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: BSD-3-Clause
 
+import itertools
 import json
 import math
 
@@ -13,6 +14,9 @@ N_STANDARD_ERROR = 2
 # ... and when it is at least one step of the last digit of `number`, in the unit
 # printed: a reader must see it.
 VISIBLE = 0.01
+# Of the curves: means over ranges of position, from this position on.
+POINTS_PER_DOUBLING = 4
+FIRST_POSITION = 32
 
 
 def tables(report):
@@ -86,6 +90,11 @@ def number(value):
 
 def to_json(report):
     """Return the report as JSON text."""
+    return json.dumps(content_of(report), indent=1) + "\n"
+
+
+def content_of(report):
+    """Return the report as what its JSON holds."""
     runs = [
         {
             "method": run.method,
@@ -95,11 +104,15 @@ def to_json(report):
                 {"start": a, "stop": b, "value": report.in_unit(run.mean(a, b))}
                 for a, b in buckets(report.trained, run.length)
             ],
+            "curve": [
+                {"start": a, "stop": b, "value": report.in_unit(run.mean(a, b))}
+                for a, b in curve_ranges(run.length)
+            ],
             "second_half": report.in_unit(run.mean(run.length // 2, run.length)),
         }
         for run in report.runs
     ]
-    content = {
+    return {
         "model": report.model,
         "text": report.text,
         "unit": report.unit,
@@ -109,7 +122,19 @@ def to_json(report):
         "runs": runs,
         "conclusion": conclusion(report),
     }
-    return json.dumps(content, indent=1) + "\n"
+
+
+def curve_ranges(length):
+    """Return the (start, stop) position ranges of a curve, growing with the position.
+
+    >>> curve_ranges(64)
+    [(32, 38), (38, 45), (45, 54), (54, 64)]
+    """
+    first = min(FIRST_POSITION, length // 2)
+    n_range = max(1, round(math.log2(length / first) * POINTS_PER_DOUBLING))
+    steps = (length / first) ** (1 / n_range)
+    edges = sorted({round(first * steps**i) for i in range(n_range)} | {length})
+    return list(itertools.pairwise(edges))
 
 
 # ---------------------------------------------------------------- the last sentence

@@ -370,14 +370,6 @@ def check_content(content, lines):
     assert ["ntk", "alpha", f"{_extend.default_alpha(3):.4g}", *values] in lines
 
 
-def test_plot_keeps_its_labels_apart():
-    plot = pytest.importorskip("posenc.plot")
-    places = plot.spread([0.1, 0.1, 0.11, 0.9], 0.05)
-    assert np.diff(places).min() == pytest.approx(0.05)
-    assert places[-1] == 0.9
-    assert sum(places[:3]) == pytest.approx(0.31)
-
-
 def test_help_names_every_method_and_option(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     command = [sys.executable, "-m", "posenc", "extend", "--help"]
