@@ -144,6 +144,13 @@ def true_cos_sin(position, inv_freq, factor=1.0):
         return mp.mpf(factor) * cos, mp.mpf(factor) * sin
 
 
+def true_decay(distance, inv_freq):
+    """Twice the sum of the cosines of distance * inv_freq (M,), as an mpmath number."""
+    terms = [true_cos_sin(float(distance), float(f))[0] for f in inv_freq]
+    with mp.workprec(106 + GUARD_BITS):
+        return 2 * mp.fsum(terms)
+
+
 def ulp_error(got, true, dtype):
     """Distance from `got` to the mpmath number `true`, in ulp of `true`."""
     kind = np.finfo(dtype)
