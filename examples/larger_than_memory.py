@@ -158,9 +158,8 @@ def decay(client, folder, args):
     """Reduce the sums of cosines at many distances: how large are they, far away."""
     inv_freq, _ = posenc.rope_inv_freq(HEAD_DIM)
     n_distance = int(args.distances)
-    distances = da.arange(n_distance, chunks=2**16, dtype=float)
-    cos, _ = ufunc.cos_sin(distances, inv_freq)
-    sums = 2 * cos.sum(axis=-1)
+    distances = da.arange(n_distance, chunks=CHUNK_BYTES // 8, dtype=float)
+    sums = ufunc.rope_decay(distances, inv_freq)
     far = [n for n in 10 ** np.arange(1, 12, 2) if n < n_distance]
     work = dask.delayed([sums.std(), *(sums[n:].max() for n in far)])
     what = f"RoPE's sum of cosines at {n_distance} distances, {HEAD_DIM} channels"
