@@ -82,7 +82,9 @@ def parser():
     reader.add_argument("--workers", type=int, default=2, help="processes (2)")
     reader.add_argument("--memory-limit", default="500MB", help="of each (500MB)")
     reader.add_argument(
-        "--folder", type=Path, help="for files (that for temporary ones)"
+        "--folder",
+        type=Path,
+        help="for files of twice --size (that for temporary ones)",
     )
     return reader
 
