@@ -19,7 +19,7 @@ from .bias import bias_cases
 from .cope import cope_cases
 from .cope_peers import COPE_PEERS, N_POSITION, Bias, between, counted
 from .models import model_cases
-from .peers import PEERS, complex_rotation, eager_function, name_of, prepare
+from .peers import PEERS, Wrong, complex_rotation, eager_function, name_of, prepare
 from .timing import Case, Run, nested
 from .work import HEAD_DIM, HEADS, N_PAIR, Work, copies
 
@@ -258,21 +258,54 @@ def frequencies():
     return _fixed("rope_inv_freq float32", runs, error, one_thread=True)
 
 
-def decay():
-    """Sum cosines by rope_decay, and by NumPy with angles that are rounded."""
+def _decay_errors(results, distance, inv_freq):
+    """Return the largest error of each sum of cosines, from long double angles."""
+    rows = np.linspace(0, len(distance) - 1, 997, dtype=np.int64)
+    angle = distance[rows, None].astype(np.longdouble) * inv_freq
+    true = 2 * np.cos(angle).sum(-1)
+    return [float(np.abs(result[rows] - true).max()) for result in results]
+
+
+def decay(fraction=0.0):
+    """Sum cosines by rope_decay, and by NumPy and torch, with angles that are rounded.
+
+    Beside them, what our own table costs if its cosines are all that is wanted.
+    """
     inv_freq, _ = posenc.rope_inv_freq(HEAD_DIM)
-    distance = np.arange(TABLE_LENGTH, dtype=np.float64)
-    out = np.empty(TABLE_LENGTH)
+    distance = np.arange(TABLE_LENGTH) + fraction
+    out, spare = np.empty(TABLE_LENGTH), np.empty((2, TABLE_LENGTH, N_PAIR))
+    operands = torch.from_numpy(distance), torch.from_numpy(inv_freq)
 
-    def theirs():
-        return 2 * np.cos(distance[:, None] * inv_freq).sum(-1)
+    def ours():
+        return posenc.rope_decay(distance, inv_freq, out=out)
 
+    def by_table():
+        cos, _ = posenc.rope_table(distance, inv_freq, out=tuple(spare), dtype="f8")
+        return 2 * cos.sum(-1)
+
+    def by_numpy():
+        return 2 * np.cos(np.multiply.outer(distance, inv_freq)).sum(-1)
+
+    def by_torch():
+        return 2 * torch.outer(*operands).cos_().sum(-1)
+
+    results = [ours(), by_numpy(), by_torch().numpy()]
+    errors = _decay_errors(results, distance, inv_freq)
+    if not errors[0] <= N_PAIR * 2.0**-48:
+        raise Wrong(f"off by {errors[0]:.1e}")
     runs = {
-        ("posenc", "out given"): lambda: posenc.rope_decay(distance, inv_freq, out=out),
-        ("NumPy", "fresh"): theirs,
+        ("posenc", "out given"): ours,
+        ("posenc", "table and sum"): by_table,
+        ("NumPy", "fresh"): by_numpy,
+        ("torch", "fresh"): by_torch,
     }
-    error = _compare([posenc.rope_decay(distance, inv_freq)], [theirs()])
-    return _fixed(f"rope_decay, {TABLE_LENGTH} x {N_PAIR}", runs, error)
+    kind = "fractional " if fraction else ""
+    return _fixed(
+        f"rope_decay, {kind}{TABLE_LENGTH} x {N_PAIR}",
+        runs,
+        "{:.1e} (NumPy {:.1e}, torch {:.1e})".format(*errors),
+        pairs=TABLE_LENGTH * N_PAIR,
+    )
 
 
 def similarity(length=1024):
@@ -396,6 +429,7 @@ def all_cases(peers=EVERYBODY):
         ("rope_table_xpos", xpos_table),
         ("rope_inv_freq", frequencies),
         ("rope_decay", decay),
+        ("rope_decay fractional", functools.partial(decay, 0.3)),
         ("sinusoidal_similarity", similarity),
         ("wavelengths", periods),
         ("rope_matrix", dense_matrix),

@@ -62,7 +62,7 @@ clear_floating_point_flags(void)
 #endif
 }
 
-enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 5, MAX_STEP = 15 };
+enum { MAX_LOOP = 4, MAX_BFLOAT16 = 2, MAX_ARGUMENT = 5 };
 
 static void
 tell_no_memory(void)
@@ -71,55 +71,6 @@ tell_no_memory(void)
     NPY_ALLOW_C_API;
     PyErr_NoMemory();
     NPY_DISABLE_C_API;
-}
-
-/* A loop that returns false with nothing to be used, and an error set, if it failed. */
-typedef bool apart_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-                        void *data);
-
-/* NumPy hands over an operand that is the result as well, and takes loops for
- * elementwise.  Run one that is not, on the operands `read`, a bit set: if the result
- * is one of them it is made elsewhere first.  It is operand `out`, of (rows, columns)
- * items, whose steps are the last two; without rows the last one. */
-static void
-run_apart(apart_loop *loop, char **args, const npy_intp *dimensions,
-          const npy_intp *steps, void *data, unsigned read, int out, int n_step,
-          npy_intp rows, npy_intp columns, npy_intp item)
-{
-    bool is_shared = false;
-    for (int i = 0; i < out; i++) {
-        is_shared |= (read >> i & 1) && args[i] == args[out];
-    }
-    if (!is_shared) {
-        loop(args, dimensions, steps, data);
-        return;
-    }
-    npy_intp n = dimensions[0], size = rows * columns * item;
-    char *memory = malloc((size_t)(n * size) + 1), *own_args[MAX_ARGUMENT];
-    if (memory == NULL) {
-        tell_no_memory();
-        return;
-    }
-    npy_intp own_steps[MAX_STEP];
-    memcpy(own_args, args, (size_t)(out + 1) * sizeof(*args));
-    memcpy(own_steps, steps, (size_t)n_step * sizeof(*steps));
-    own_args[out] = memory;
-    own_steps[out] = size;
-    own_steps[n_step - 1] = item;
-    npy_intp row_step = 0;
-    if (rows > 1) {
-        row_step = steps[n_step - 2];
-        own_steps[n_step - 2] = columns * item;
-    }
-    bool is_done = loop(own_args, dimensions, own_steps, data);
-    const char *from = memory;
-    for (npy_intp i = 0; is_done && i < n * rows * columns; i++, from += item) {
-        npy_intp row = i / columns;
-        char *to = args[out] + row / rows * steps[out] + row % rows * row_step +
-                   i % columns * steps[n_step - 1];
-        memcpy(to, from, (size_t)item);
-    }
-    free(memory);
 }
 
 /* One axis of n rows whose operands have the given steps, run as a nest. */
@@ -212,6 +163,24 @@ cos_sin_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, voi
     run_rows(table_task_strip, NULL, &task, (size_t)m, n_row, base, step);
 }
 
+/* (),(m)->(): distance, inv_freq -> twice the sum of cosines */
+static void
+rope_decay_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                void *data)
+{
+    const table_variant *variant = data;
+    npy_intp n_row = dimensions[0], m = dimensions[1];
+    decay_strip task = {
+        .n_pair = (size_t)m,
+        .inv_freq_type = variant->inv_freq_type,
+        .out_type = variant->out_type,
+        .inv_freq_pair = steps[3],
+    };
+    char *base[NEST_N_OPERAND] = {args[0], args[1], args[2]};
+    ptrdiff_t step[NEST_N_OPERAND] = {steps[0], steps[1], steps[2]};
+    run_rows(decay_task_strip, NULL, &task, (size_t)m, n_row, base, step);
+}
+
 /* What the loops of sinusoidal tables are told. */
 typedef struct {
     int layout, type;
@@ -254,9 +223,9 @@ add_sinusoidal_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
 }
 
 /* (t,d),(s,d),(s,d),(d,p)->(t,d): q, k, v, position_embedding -> out */
-static bool
-attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-               void *data)
+static void
+cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
+                    void *data)
 {
     npy_intp n_head = dimensions[0], d = dimensions[2];
     attention_job job = {
@@ -288,12 +257,10 @@ attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
         .embedding = {args[3], {steps[3]}},
         .out = {args[4], {steps[4]}},
     };
-    bool is_done = attention_run(&job);
-    if (!is_done) {
+    if (!attention_run(&job)) {
         tell_no_memory();
     }
     clear_floating_point_flags();
-    return is_done;
 }
 
 /* What the loops of CoPE are told: the type of the data, and that of the operand beside
@@ -333,12 +300,45 @@ cope_gates_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
     clear_floating_point_flags();
 }
 
+/* Rows of a loop of CoPE, whose operands are named by their place; the last is out. */
 static void
-cope_attention_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
-                    void *data)
+run_cope(nest_strip *strip, nest_finish *finish, cope_task *task, npy_intp n_row,
+         int logits, int z, char **args, const npy_intp *steps)
 {
-    run_apart(attention_loop, args, dimensions, steps, data, 0xe, 4, 15, dimensions[1],
-              dimensions[2], item_size(*(const int *)data));
+    char *base[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = args[logits], [COPE_Z] = args[z], [COPE_OUT] = args[2]};
+    ptrdiff_t step[NEST_N_OPERAND] = {
+        [COPE_LOGITS] = steps[logits], [COPE_Z] = steps[z], [COPE_OUT] = steps[2]};
+    run_rows(strip, finish, task, task->within.n_key, n_row, base, step);
+}
+
+/* NumPy takes loops for elementwise and hands over a z that is the result as well; but
+ * z is read all over.  Then make the result, of n items a row, elsewhere first. */
+static void
+run_apart(PyUFuncGenericFunction loop, char **args, const npy_intp *dimensions,
+          const npy_intp *steps, void *data, int z, npy_intp n)
+{
+    if (args[z] != args[2]) {
+        loop(args, dimensions, steps, data);
+        return;
+    }
+    const npy_intp n_row = dimensions[0];
+    const npy_intp item = item_size(((const cope_variant *)data)->type);
+    char *memory = malloc((size_t)(n_row * n * item) + 1);
+    if (memory == NULL) {
+        tell_no_memory();
+        return;
+    }
+    char *own_args[] = {args[0], args[1], memory};
+    npy_intp own_steps[] = {steps[0], steps[1], n * item, steps[3], steps[4], item};
+    loop(own_args, dimensions, own_steps, data);
+    for (npy_intp row = 0; row < n_row; row++) {
+        for (npy_intp i = 0; i < n; i++) {
+            memcpy(args[2] + row * steps[2] + i * steps[5],
+                   memory + (row * n + i) * item, (size_t)item);
+        }
+    }
+    free(memory);
 }
 
 /* (s),()->(s): gates, n_position -> positions */
@@ -352,15 +352,11 @@ cope_positions_loop(char **args, const npy_intp *dimensions, const npy_intp *ste
         .within = {.n_key = (size_t)s, .key = steps[3], .out_key = steps[4]},
         .type = variant->type,
     };
-    char *base[NEST_N_OPERAND] = {
-        [COPE_LOGITS] = args[0], [COPE_Z] = args[1], [COPE_OUT] = args[2]};
-    ptrdiff_t step[NEST_N_OPERAND] = {
-        [COPE_LOGITS] = steps[0], [COPE_Z] = steps[1], [COPE_OUT] = steps[2]};
-    run_rows(cope_positions_task_strip, NULL, &task, (size_t)s, n_row, base, step);
+    run_cope(cope_positions_task_strip, NULL, &task, n_row, 0, 1, args, steps);
 }
 
 /* (p),(s)->(s): z, positions -> bias */
-static bool
+static void
 interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                  void *data)
 {
@@ -376,24 +372,18 @@ interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                    .out_key = steps[5]},
         .type = variant->type,
     };
-    char *base[NEST_N_OPERAND] = {
-        [COPE_Z] = args[0], [COPE_LOGITS] = args[1], [COPE_OUT] = args[2]};
-    ptrdiff_t step[NEST_N_OPERAND] = {
-        [COPE_Z] = steps[0], [COPE_LOGITS] = steps[1], [COPE_OUT] = steps[2]};
-    run_rows(cope_interpolate_task_strip, NULL, &task, (size_t)s, n_row, base, step);
-    return true;
+    run_cope(cope_interpolate_task_strip, NULL, &task, n_row, 1, 0, args, steps);
 }
 
 static void
 cope_interpolate_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                       void *data)
 {
-    run_apart(interpolate_loop, args, dimensions, steps, data, 1, 2, 6, 1,
-              dimensions[2], item_size(((const cope_variant *)data)->type));
+    run_apart(interpolate_loop, args, dimensions, steps, data, 0, dimensions[2]);
 }
 
 /* (s),(p)->(s): logits, z -> bias */
-static bool
+static void
 bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *data)
 {
     const cope_variant *variant = data;
@@ -410,21 +400,14 @@ bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *
     };
     size_t n_byte = (size_t)n_row * (size_t)s * (size_t)item_size(variant->type);
     cope_task_choose_stores(&task, args[0] == args[2], n_byte);
-    char *base[NEST_N_OPERAND] = {
-        [COPE_LOGITS] = args[0], [COPE_Z] = args[1], [COPE_OUT] = args[2]};
-    ptrdiff_t step[NEST_N_OPERAND] = {
-        [COPE_LOGITS] = steps[0], [COPE_Z] = steps[1], [COPE_OUT] = steps[2]};
-    run_rows(cope_bias_task_strip, cope_task_finish, &task, (size_t)s, n_row, base,
-             step);
-    return true;
+    run_cope(cope_bias_task_strip, cope_task_finish, &task, n_row, 0, 1, args, steps);
 }
 
 static void
 cope_bias_loop(char **args, const npy_intp *dimensions, const npy_intp *steps,
                void *data)
 {
-    run_apart(bias_loop, args, dimensions, steps, data, 2, 2, 6, 1, dimensions[1],
-              item_size(((const cope_variant *)data)->type));
+    run_apart(bias_loop, args, dimensions, steps, data, 1, dimensions[1]);
 }
 
 /* (),(),(),()->(): relative_position, num_buckets, max_distance, bidirectional */
@@ -513,6 +496,7 @@ check_attention(PyUFuncObject *ufunc, npy_intp *core)
 typedef struct {
     const char *name, *signature, *doc;
     int nin, nout, n_loop;
+    bool apart; /* the result is made apart from the operands */
     PyUFunc_ProcessCoreDimsFunc *check;
     PyUFuncGenericFunction loop[MAX_LOOP];
     void *data[MAX_LOOP];
@@ -534,6 +518,29 @@ typedef struct {
     "float32: computed in float32, rounded once. NaN results are one quiet NaN.\n\n" \
     "See posenc.rope. Su et al., 2021, eq. 34, https://arxiv.org/abs/2104.09864\n\n" \
     "Examples\n--------\n" example
+
+#define ROPE_LOOPS(variants)                                                        \
+    .nin = 3, .nout = 1, .n_loop = 4, .check = check_planar,                        \
+    .loop = {rope_loop, rope_loop, rope_loop, rope_loop},                           \
+    .data = {&variants[F32], &variants[F64], &variants[F16_F32], &variants[F16]},   \
+    .types = {NPY_FLOAT,  NPY_FLOAT,  NPY_FLOAT, NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, \
+              NPY_DOUBLE, NPY_DOUBLE, NPY_HALF,  NPY_FLOAT, NPY_FLOAT,  NPY_HALF,   \
+              NPY_HALF,   NPY_HALF,   NPY_HALF,  NPY_HALF},                         \
+    .n_bfloat16 = 2, .bfloat16_data = {&variants[BF16_F32], &variants[BF16]},       \
+    .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_FLOAT, NPY_BFLOAT16},          \
+                       {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}}
+
+#define COPE_LOOPS(the_loop)                                                       \
+    .nin = 2, .nout = 1, .n_loop = 4,                                              \
+    .loop = {the_loop, the_loop, the_loop, the_loop},                              \
+    .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16_F32],    \
+             &cope_variants[F16]},                                                 \
+    .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, \
+              NPY_HALF,  NPY_FLOAT, NPY_HALF,  NPY_HALF,   NPY_HALF,   NPY_HALF},  \
+    .n_bfloat16 = 2,                                                               \
+    .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},             \
+    .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},                    \
+                       {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}}
 
 #define SINUSOIDAL_DOC(order, example)                                             \
     "Add the sines and cosines of position * inv_freq to x, " order ".\n\n"        \
@@ -576,20 +583,7 @@ static gufunc_entry gufuncs[] = {
         .doc = ROPE_DOC("(i, i + m)", ">>> from posenc import ufunc\n"
                                       ">>> ufunc.rope_half([1.0, 2.0], [0.0], [1.0])\n"
                                       "array([-2.,  1.])\n"),
-        .nin = 3,
-        .nout = 1,
-        .n_loop = 4,
-        .check = check_planar,
-        .loop = {rope_loop, rope_loop, rope_loop, rope_loop},
-        .data = {&half[F32], &half[F64], &half[F16_F32], &half[F16]},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,     //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
-                  NPY_HALF, NPY_FLOAT, NPY_FLOAT, NPY_HALF,       //
-                  NPY_HALF, NPY_HALF, NPY_HALF, NPY_HALF},
-        .n_bfloat16 = 2,
-        .bfloat16_data = {&half[BF16_F32], &half[BF16]},
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_FLOAT, NPY_BFLOAT16},
-                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+        ROPE_LOOPS(half),
     },
     {
         .name = "rope_interleaved",
@@ -598,21 +592,7 @@ static gufunc_entry gufuncs[] = {
                         ">>> from posenc import ufunc\n"
                         ">>> ufunc.rope_interleaved([1.0, 2.0], [0.0], [1.0])\n"
                         "array([-2.,  1.])\n"),
-        .nin = 3,
-        .nout = 1,
-        .n_loop = 4,
-        .check = check_planar,
-        .loop = {rope_loop, rope_loop, rope_loop, rope_loop},
-        .data = {&interleaved[F32], &interleaved[F64], &interleaved[F16_F32],
-                 &interleaved[F16]},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,     //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
-                  NPY_HALF, NPY_FLOAT, NPY_FLOAT, NPY_HALF,       //
-                  NPY_HALF, NPY_HALF, NPY_HALF, NPY_HALF},
-        .n_bfloat16 = 2,
-        .bfloat16_data = {&interleaved[BF16_F32], &interleaved[BF16]},
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_FLOAT, NPY_BFLOAT16},
-                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+        ROPE_LOOPS(interleaved),
     },
     {
         .name = "rope_complex",
@@ -663,6 +643,30 @@ static gufunc_entry gufuncs[] = {
         .types = {NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
                   NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
                   NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT},
+    },
+    {
+        .name = "rope_decay",
+        .signature = "(),(m)->()",
+        .doc =
+            "Twice the sum of the cosines of distance * inv_freq, taken as exact.\n\n"
+            "distance (), inv_freq (m) -> logit (); tokens and radians per token. The\n"
+            "result has the type of inv_freq, float32 or float64, unless dtype= says\n"
+            "other. It is within m * 2**-48 of the true value, then rounded.\n\n"
+            "See posenc.rope_decay. Su et al., 2021, section 3.4.3,\n"
+            "https://arxiv.org/abs/2104.09864\n\n"
+            "Examples\n--------\n"
+            ">>> from posenc import ufunc\n"
+            ">>> ufunc.rope_decay([0.0, 1.0], [1.0, 0.1]).round(3)\n"
+            "array([4.   , 3.071])\n",
+        .nin = 2,
+        .nout = 1,
+        .n_loop = 3,
+        .apart = true,
+        .loop = {rope_decay_loop, rope_decay_loop, rope_decay_loop},
+        .data = {&table_f32, &table_f64, &table_f64_f32},
+        .types = {NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT,   //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
+                  NPY_DOUBLE, NPY_DOUBLE, NPY_FLOAT},
     },
     SINUSOIDAL_ENTRY("add_sinusoidal_interleaved", SINUSOIDAL_INTERLEAVED, "by turns",
                      ">>> ufunc.add_sinusoidal_interleaved(np.zeros(5), "
@@ -735,22 +739,8 @@ static gufunc_entry gufuncs[] = {
                ">>> from posenc import ufunc\n"
                ">>> ufunc.cope_interpolate([0.0, 8.0], [0.25, 1.0, 7.0])\n"
                "array([2., 8., 8.])\n",
-        .nin = 2,
-        .nout = 1,
-        .n_loop = 4,
         .check = check_interpolate,
-        .loop = {cope_interpolate_loop, cope_interpolate_loop, cope_interpolate_loop,
-                 cope_interpolate_loop},
-        .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16_F32],
-                 &cope_variants[F16]},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
-                  NPY_HALF, NPY_FLOAT, NPY_HALF,      //
-                  NPY_HALF, NPY_HALF, NPY_HALF},
-        .n_bfloat16 = 2,
-        .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},
-                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+        COPE_LOOPS(cope_interpolate_loop),
     },
     {
         .name = "cope_bias",
@@ -768,21 +758,8 @@ static gufunc_entry gufuncs[] = {
             ">>> from posenc import ufunc\n"
             ">>> ufunc.cope_bias([0.0, 0.0, float('-inf')], [0.0, 10.0])\n"
             "array([10.,  5.,  0.])\n",
-        .nin = 2,
-        .nout = 1,
-        .n_loop = 4,
         .check = check_bias,
-        .loop = {cope_bias_loop, cope_bias_loop, cope_bias_loop, cope_bias_loop},
-        .data = {&cope_variants[F32], &cope_variants[F64], &cope_variants[F16_F32],
-                 &cope_variants[F16]},
-        .types = {NPY_FLOAT, NPY_FLOAT, NPY_FLOAT,    //
-                  NPY_DOUBLE, NPY_DOUBLE, NPY_DOUBLE, //
-                  NPY_HALF, NPY_FLOAT, NPY_HALF,      //
-                  NPY_HALF, NPY_HALF, NPY_HALF},
-        .n_bfloat16 = 2,
-        .bfloat16_data = {&cope_variants[BF16_F32], &cope_variants[BF16]},
-        .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},
-                           {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}},
+        COPE_LOOPS(cope_bias_loop),
     },
     {
         .name = "t5_bucket",
@@ -824,6 +801,7 @@ static gufunc_entry gufuncs[] = {
         .nin = 4,
         .nout = 1,
         .n_loop = 3,
+        .apart = true,
         .check = check_attention,
         .loop = {cope_attention_loop, cope_attention_loop, cope_attention_loop},
         .data = {&attention_types[REAL_F32], &attention_types[REAL_F64],
@@ -837,6 +815,12 @@ static gufunc_entry gufuncs[] = {
                             NPY_BFLOAT16}},
     },
 };
+
+/* NumPy's flags of results, but for the one that says that loops are elementwise: if
+ * the result is an operand as well, NumPy has it made elsewhere first. */
+#define RESULT_APART                                                 \
+    (NPY_ITER_WRITEONLY | NPY_ITER_UPDATEIFCOPY | NPY_ITER_ALIGNED | \
+     NPY_ITER_ALLOCATE | NPY_ITER_NO_BROADCAST | NPY_ITER_NO_SUBTYPE)
 
 static int
 add_bfloat16_loops(PyUFuncObject *ufunc, const gufunc_entry *entry)
@@ -868,6 +852,9 @@ add_gufunc(PyObject *module, gufunc_entry *entry)
         return -1;
     }
     ((PyUFuncObject *)ufunc)->process_core_dims_func = entry->check;
+    if (entry->apart) {
+        ((PyUFuncObject *)ufunc)->op_flags[entry->nin] = RESULT_APART;
+    }
     int status = add_bfloat16_loops((PyUFuncObject *)ufunc, entry);
     if (status == 0) {
         status = PyModule_AddObjectRef(module, entry->name, ufunc);

@@ -91,6 +91,33 @@ typedef void cos_sin_kernel(const cos_sin_strip *strip, const char *position,
                             const char *inv_freq, char *cos, char *sin);
 
 typedef struct {
+    size_t n_row;      /* distances in the strip   */
+    size_t n_pair;     /* frequencies per distance */
+    int inv_freq_type; /* REAL_F32 or REAL_F64     */
+    int out_type;      /* REAL_F32 or REAL_F64     */
+    ptrdiff_t distance_row, inv_freq_row, out_row, inv_freq_pair;
+} decay_strip;
+
+/* Sum the cosines of distance * inv_freq, twice: the product of a query of ones and a
+ * key of ones, as rotations leave it.
+ *
+ *   distance  (n_row,)         double, tokens; whole or not, of either sign
+ *   inv_freq  (n_row, n_pair)  radians per token, taken as exact
+ *   out       (n_row,)         logits; may be distance itself with its own steps; else
+ *                              disjoint
+ *
+ * The product is kept exact.  A double result is within n_pair * 2^-48 of the true
+ * value for every finite distance, a float result is that double rounded once more:
+ * where cosines cancel, the bound is absolute.  It depends on its own distance, up to
+ * its sign, and inv_freq only; 0 without pairs.  An infinite or NaN input gives a quiet
+ * NaN.
+ *
+ * Su et al., "RoFormer", 2021, section 3.4.3.
+ */
+typedef void rope_decay_kernel(const decay_strip *strip, const char *distance,
+                               const char *inv_freq, char *out);
+
+typedef struct {
     size_t n_row;      /* rows in the strip: queries                             */
     size_t n_key;      /* keys per row                                           */
     size_t n_position; /* entries of a row of z, at least 1                      */
@@ -348,6 +375,7 @@ typedef struct {
     const char *simd;
     rope_kernel *rope[N_LAYOUT][N_ROUNDING][N_REAL];
     cos_sin_kernel *cos_sin;
+    rope_decay_kernel *rope_decay;
     add_rows_kernel *add_rows[N_REAL];
     add_sinusoidal_kernel *add_sinusoidal[N_REAL];
     cope_gates_kernel *cope_gates[N_REAL];

@@ -71,6 +71,21 @@ table_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
 }
 
 void
+decay_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+                 const ptrdiff_t step[NEST_N_OPERAND],
+                 const ptrdiff_t ahead[NEST_N_OPERAND])
+{
+    (void)ahead;
+    decay_strip strip = *(const decay_strip *)task;
+    strip.n_row = n_row;
+    strip.distance_row = step[DECAY_DISTANCE];
+    strip.inv_freq_row = step[DECAY_INV_FREQ];
+    strip.out_row = step[DECAY_OUT];
+    kernels->rope_decay(&strip, base[DECAY_DISTANCE], base[DECAY_INV_FREQ],
+                        base[DECAY_OUT]);
+}
+
+void
 add_task_choose_stores(add_task *task, bool in_place, size_t n_byte)
 {
     task->within.stream = !in_place && n_byte >= MIN_STREAM_SIZE;

@@ -37,6 +37,12 @@ enum { TABLE_POSITION, TABLE_INV_FREQ, TABLE_COS, TABLE_SIN };
 /* Strips of a cos_sin_strip, used as the task. */
 nest_strip table_task_strip;
 
+/* The operands of the nest of rope_decay, in this order. */
+enum { DECAY_DISTANCE, DECAY_INV_FREQ, DECAY_OUT };
+
+/* Strips of a decay_strip, used as the task. */
+nest_strip decay_task_strip;
+
 /* The operands of the nest that adds rows of a table, in this order.  Where rows are
  * gathered, the table's place is taken by the positions. */
 enum { ADD_X, ADD_TABLE, ADD_MASK, ADD_OUT };

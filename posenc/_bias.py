@@ -372,6 +372,11 @@ def kerple_bias(
     --------
     t5_bias : Another learned bias, with more on positions and memory.
 
+    Notes
+    -----
+    The paper's eq. 1 adds the bias before logits are divided by ``sqrt(head_dim)``: for
+    logits that already are, r1 is the paper's over ``sqrt(head_dim)``.
+
     References
     ----------
     .. [1] Chi et al., "KERPLE: Kernelized Relative Positional Embedding for Length
@@ -467,7 +472,7 @@ def fire_bias(
     References
     ----------
     .. [1] Li et al., "Functional Interpolation for Relative Positions Improves Long
-       Context Transformers", 2023, section 3. https://arxiv.org/abs/2310.04418
+       Context Transformers", 2023. https://arxiv.org/abs/2310.04418
 
     Examples
     --------
@@ -562,7 +567,7 @@ def sandwich_bias(
     References
     ----------
     .. [1] Chi et al., "Dissecting Transformer Length Extrapolation via the Lens of
-       Receptive Field Analysis", 2023, section 5. https://arxiv.org/abs/2212.10356
+       Receptive Field Analysis", 2023. https://arxiv.org/abs/2212.10356
 
     Examples
     --------
@@ -627,21 +632,27 @@ def check_kerple(function, r1, r2, kernel):
             raise ValueError(must(function, name, rule, values[~is_good][0]))
 
 
-def _layers(function, mlp):
-    """Return pairs of weight and bias that continue each other."""
+def pairs_of(function, mlp):
+    """Return the pairs of weight and bias of a network."""
     if not isinstance(mlp, list | tuple):
         rule, got = "be a list of pairs of weight and bias", type(mlp).__name__
         raise TypeError(must(function, "mlp", rule, got))
     if not mlp:
         raise ValueError(must(function, "mlp", "hold at least one layer", repr(mlp)))
-    layers, n_in = [], 1
     for i, pair in enumerate(mlp):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             rule, got = "be a pair of weight and bias", type(pair).__name__
             raise TypeError(must(function, f"mlp[{i}]", rule, got))
-        weight = parameters(function, f"mlp[{i}][0]", pair[0], ("n_out", n_in))
+    return mlp
+
+
+def _layers(function, mlp):
+    """Return pairs of weight and bias, as arrays, that continue each other."""
+    layers, n_in = [], 1
+    for i, (weight, shift) in enumerate(pairs_of(function, mlp)):
+        weight = parameters(function, f"mlp[{i}][0]", weight, ("n_out", n_in))
         n_in = len(weight)
-        layers.append((weight, parameters(function, f"mlp[{i}][1]", pair[1], (n_in,))))
+        layers.append((weight, parameters(function, f"mlp[{i}][1]", shift, (n_in,))))
     return layers
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_array
+from ._cope import _are_one
 from ._rope_check import REAL_RULE, _real_kind, _widest
 
 # Elements that are evaluated at once where positions are not consecutive.
@@ -40,15 +41,20 @@ def parameters(function, name, value, shape):
     """Return numbers of one type and a shape; axes of any size stand by their name."""
     array = np.asarray(as_array(function, name, value))
     _real_kind(function, name, array.dtype)
-    fits = array.ndim == len(shape) and all(
-        isinstance(want, str) or want == size
-        for size, want in zip(array.shape, shape, strict=True)
-    )
-    if not fits or array.size == 0:
-        axes = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-        rule = f"be of shape ({axes}) and not empty"
-        raise ValueError(must(function, name, rule, f"shape {array.shape}"))
+    check_shape(function, name, array.shape, shape)
     return array.astype(_widest(array.dtype))  # a copy: `out` may lie in its memory
+
+
+def check_shape(function, name, shape, wanted):
+    """Raise unless numbers have a shape, in which a string stands for any size."""
+    fits = len(shape) == len(wanted) and all(
+        size == want or (isinstance(want, str) and size > 0)
+        for size, want in zip(shape, wanted, strict=True)
+    )
+    if not fits:
+        axes = ", ".join(map(str, wanted)) + ("," if len(wanted) == 1 else "")
+        rule = f"be of shape ({axes})" + (" and not empty" if wanted else "")
+        raise ValueError(must(function, name, rule, f"shape {shape}"))
 
 
 def positions_of(function, name, value, whole=False):
@@ -63,6 +69,15 @@ def positions_of(function, name, value, whole=False):
     return array.astype(np.int64 if whole else np.float64)  # a copy, as above
 
 
+def leading_axes(function, name, first, second):
+    """Return what all axes but the last of two arrays are broadcast to."""
+    try:
+        return np.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+    except ValueError:
+        rule = f"have leading axes that broadcast with {first.shape[:-1]}"
+        raise ValueError(must(function, name, rule, second.shape[:-1])) from None
+
+
 def are_tensors(*given):
     """Tell whether any of them is a torch tensor."""
     return any(map(tensors.is_tensor, given))
@@ -74,9 +89,11 @@ def are_tensors(*given):
 def spread(bias, q_positions, k_positions, add_to, out):
     """Return the bias, written or added where it was asked for."""
     with np.errstate(all="ignore"):
-        q, k = q_positions, k_positions
-        shape = _result_shape(bias, q, k, add_to)
-        logits, answer, result = _memory(bias, shape, add_to, out)
+        q, k, logits = q_positions, k_positions, None
+        if add_to is not None:
+            logits = as_array(bias.function, "add_to", add_to)
+        shape = _result_shape(bias, q, k, logits)
+        logits, answer, result = _memory(bias, shape, add_to, logits, out)
         tensors.mark_changed(answer if out is None else out)
         target = _apart(result, logits)
         lead = shape[:-3]
@@ -93,20 +110,14 @@ def spread(bias, q_positions, k_positions, add_to, out):
     return answer
 
 
-def _result_shape(bias, q, k, add_to):
+def _result_shape(bias, q, k, logits):
     """Return (..., H, T, S); raise if positions and logits do not fit."""
-    try:
-        lead = np.broadcast_shapes(q.shape[:-1], k.shape[:-1])
-    except ValueError:
-        rule = f"have leading axes that broadcast with {q.shape[:-1]}"
-        got = must(bias.function, "k_positions", rule, k.shape[:-1])
-        raise ValueError(got) from None
+    lead = leading_axes(bias.function, "k_positions", q, k)
     own = (bias.n_head, q.shape[-1], k.shape[-1])
-    if add_to is None:
+    if logits is None:
         return (*lead, *own)
-    shape = tuple(getattr(add_to, "shape", np.shape(add_to)))
-    check_logits(bias.function, shape, lead, own)
-    return shape
+    check_logits(bias.function, tuple(logits.shape), lead, own)
+    return tuple(logits.shape)
 
 
 def check_logits(function, shape, lead, own):
@@ -124,13 +135,11 @@ def _broadcasts_to(shape, whole):
         return False
 
 
-def _memory(bias, shape, add_to, out):
+def _memory(bias, shape, add_to, logits, out):
     """Return the logits or None, what the user gets, and the array of its memory."""
-    here, is_tensor, logits, dtype = bias.function, bias.is_tensor, None, bias.dtype
+    here, is_tensor, dtype = bias.function, bias.is_tensor, bias.dtype
     if add_to is not None:
-        is_tensor = tensors.is_tensor(add_to)
-        logits = as_array(here, "add_to", add_to)
-        dtype = logits.dtype
+        is_tensor, dtype = tensors.is_tensor(add_to), logits.dtype
         if not isinstance(logits, np.ndarray):
             got = type(add_to).__name__
             raise TypeError(must(here, "add_to", "be a plain NumPy array", got))
@@ -159,11 +168,6 @@ def _apart(result, logits):
     if result.flags.aligned and (is_apart or _are_one(result, logits)):
         return np.asarray(result)
     return np.empty(result.shape, result.dtype)
-
-
-def _are_one(a, b):
-    same = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return same and a.strides == b.strides
 
 
 # --- the two ways --------------------------------------------------------------------

@@ -117,8 +117,8 @@ def _tensor_memory(function, parameter, tensor):
 def real_array(function, parameter, value):
     """Return `value` as a float64 array; raise unless it holds real numbers."""
     array = np.asarray(as_array(function, parameter, value))
-    kind, name = array.dtype.kind, array.dtype.name
-    if (kind not in "biuf" or array.itemsize > 8) and name != "bfloat16":
+    kind = array.dtype.kind
+    if (kind not in "biuf" or array.itemsize > 8) and array.dtype.name != "bfloat16":
         rule = "hold real numbers that float64 can hold"
         raise TypeError(must(function, parameter, rule, f"dtype {array.dtype}"))
     if kind in "iu" and array.itemsize == 8 and array.size:

@@ -314,7 +314,8 @@ def _mask_rows(function, mask, rows, n_key):
 
 def _in_type(array, dtype):
     """Return the array in a type and aligned, as it is if it can be."""
-    array = array.astype(dtype, copy=False)
+    if array.dtype is not dtype:
+        array = array.astype(dtype, copy=False)
     if isinstance(array, np.ndarray) and not array.flags.aligned:
         return array.copy()
     return array

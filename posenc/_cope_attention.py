@@ -15,6 +15,7 @@ from ml_dtypes import bfloat16
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_number, true_or_false
+from ._cope import _in_type, _mask
 from ._rope_check import _real_kind, _widest
 
 
@@ -273,7 +274,7 @@ def prepare(operands, mask, scale, position_scale, causal, function="cope_attent
     """Check a call, given its operands by name; return what is to be done."""
     given = {name: _real(function, name, x) for name, x in operands.items()}
     if mask is not None:
-        mask = _bool_array(function, mask)
+        mask = _plain(function, "mask", _mask(function, mask))
     shapes = {name: x.shape for name, x in given.items()}
     sizes = sizes_of(shapes, None if mask is None else mask.shape, function)
     if scale is None:
@@ -282,7 +283,7 @@ def prepare(operands, mask, scale, position_scale, causal, function="cope_attent
     position_scale = real_number(function, "position_scale", position_scale)
     true_or_false(function, "causal", causal)
     dtype, kind = _dtypes(given)
-    arrays = {name: _form(name, in_type(x, kind), sizes) for name, x in given.items()}
+    arrays = {name: _form(name, _in_type(x, kind), sizes) for name, x in given.items()}
     if mask is not None:
         mask = _mask_form(mask, sizes)
     return Attention(
@@ -292,22 +293,18 @@ def prepare(operands, mask, scale, position_scale, causal, function="cope_attent
 
 def _real(function, name, value):
     """Return an operand as a plain array of numbers that have a kernel."""
-    array = as_array(function, name, value)
+    array = _plain(function, name, as_array(function, name, value))
+    if array.dtype not in _FLOATS:
+        _real_kind(function, name, array.dtype)
+    return array
+
+
+def _plain(function, name, array):
+    """Return an array of NumPy's own type; raise if it is another library's."""
     if not isinstance(array, np.ndarray):
         rule = "be a NumPy array, a CPU tensor or a list"
         raise TypeError(must(function, name, rule, type(array).__name__))
-    if array.dtype not in _FLOATS:
-        _real_kind(function, name, array.dtype)
     return array if type(array) is np.ndarray else np.asarray(array)
-
-
-def _bool_array(function, mask):
-    array = as_array(function, "mask", mask)
-    if not isinstance(array, np.ndarray) or array.dtype != np.bool:
-        rule = "be of dtype bool, True where a key may be seen"
-        got = getattr(array, "dtype", type(array).__name__)
-        raise TypeError(must(function, "mask", rule, f"dtype {got}"))
-    return np.asarray(array)
 
 
 def _dtypes(given):
@@ -317,13 +314,6 @@ def _dtypes(given):
         return q, q
     dtype = _widest(*(given[name].dtype for name in ("q", "k", "v")))
     return dtype, _widest(dtype, q, *others)
-
-
-def in_type(array, kind):
-    """Return the array in a type and aligned, as it is if it can be."""
-    if array.dtype is not kind:
-        array = array.astype(kind, copy=False)
-    return array if array.flags.aligned else array.copy()
 
 
 def _form(name, array, sizes):
@@ -420,7 +410,7 @@ class Attention:
         What was broadcast, and the parts of the doors, is summed in a fixed order.
         """
         sizes, real, form = self.sizes, self.real(), self._rows_form()
-        out, grad = (in_type(x, self.kind).reshape(form) for x in (out, grad))
+        out, grad = (_in_type(x, self.kind).reshape(form) for x in (out, grad))
         statistics = statistics.reshape(*form[:-1], 2)
         n, g, r, t, d = form
         n_chunk = _core.cope_attention_chunks(n * g, r * t)

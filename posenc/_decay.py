@@ -7,14 +7,11 @@ import numpy as np
 
 from . import _core
 from . import _tensors as tensors
-from ._bias_spread import are_tensors, positions_of
+from ._bias_spread import are_tensors, leading_axes, positions_of
 from ._check import must, real_array, real_dtype, real_number, whole_number
 from ._rope_check import table_result
 from ._scaling import checked_frequencies
 from ._sinusoidal import sinusoidal
-
-# Elements of a table that are made at once: cosines and sines stay in a cache.
-_PIECE = 1 << 15
 
 
 def rope_decay(distance, inv_freq, *, dtype=np.float64, out=None):
@@ -55,9 +52,12 @@ def rope_decay(distance, inv_freq, *, dtype=np.float64, out=None):
 
     Notes
     -----
-    The angles are exact, as in `rope_table`. A sum is within ``M * 2**-47`` of the true
+    The angles are exact, as in `rope_table`. A sum is within ``M * 2**-48`` of the true
     one for every finite distance, before it is rounded to float32 if that is asked for,
-    and depends on its own distance only.
+    and depends on its own distance only, not on the sign. An infinite or NaN number
+    gives NaN.
+
+    Whole distances near each other are fastest: they share cosines and sines.
 
     The paper groups the product of a query and a key by pairs (eq. 35) and bounds it by
     the partial sums of ``exp(1j * distance * inv_freq)`` (eq. 37); twice the real part
@@ -88,20 +88,9 @@ def rope_decay(distance, inv_freq, *, dtype=np.float64, out=None):
     distance = real_array(here, "distance", distance)
     inv_freq = _one_axis(here, inv_freq)
     answer, result = table_result(here, "out", out, distance.shape, dtype, tensor)
-    with np.errstate(all="ignore"):
-        result[...] = 2 * _sums(distance.ravel(), inv_freq).reshape(distance.shape)
+    _core.rope_decay(distance, inv_freq, dtype=dtype, out=result)
     tensors.mark_changed(out)
     return answer
-
-
-def _sums(distance, inv_freq):
-    """Return the sum of cosines for each distance, (n,)."""
-    n_row = max(_PIECE // max(inv_freq.size, 1), 1)
-    total = np.empty(distance.shape)
-    for start in range(0, distance.size, n_row):
-        cos, _ = _core.cos_sin(distance[start : start + n_row], inv_freq)
-        cos.sum(-1, out=total[start : start + n_row])
-    return total
 
 
 def sinusoidal_similarity(
@@ -168,11 +157,7 @@ def sinusoidal_similarity(
     tensor = are_tensors(positions_a, positions_b)
     a = positions_of(here, "positions_a", positions_a)
     b = positions_of(here, "positions_b", positions_b)
-    try:
-        lead = np.broadcast_shapes(a.shape[:-1], b.shape[:-1])
-    except ValueError:
-        rule = f"have leading axes that broadcast with {a.shape[:-1]}"
-        raise ValueError(must(here, "positions_b", rule, b.shape[:-1])) from None
+    lead = leading_axes(here, "positions_b", a, b)
     shape = (*lead, a.shape[-1], b.shape[-1])
     answer, result = table_result(here, "out", out, shape, dtype, tensor)
     rows = [sinusoidal(x, dim, theta=theta, dtype=np.float64) for x in (a, b)]
@@ -224,7 +209,7 @@ def rope_period(dim, theta=10000.0, *, scaling=None, seq_len=None):
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position
        Embedding", 2021, eq. 15 and section 3.4.3. https://arxiv.org/abs/2104.09864
     .. [2] Peng et al., "YaRN: Efficient Context Window Extension of Large Language
-       Models", 2023, section 3.2. https://arxiv.org/abs/2309.00071
+       Models", 2023, eq. 13. https://arxiv.org/abs/2309.00071
 
     Examples
     --------
@@ -270,7 +255,7 @@ def wavelengths(inv_freq):
     References
     ----------
     .. [1] Peng et al., "YaRN: Efficient Context Window Extension of Large Language
-       Models", 2023, section 3.2. https://arxiv.org/abs/2309.00071
+       Models", 2023, eq. 13. https://arxiv.org/abs/2309.00071
 
     Examples
     --------

@@ -153,8 +153,8 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
         the table, first row to first row and last to last, so that all its positions
         are seen again, closer together. ``'tile'`` repeats the table.
     alpha : float, default 0.4
-        Share of the leading digit, in (0, 1), for ``'hierarchical'``; at 0.5 the digits
-        could not be told apart.
+        Share of the leading digit for ``'hierarchical'``, in (0, 1) but not 0.5, which
+        would give two positions one row wherever their digits change places.
     out : ndarray or torch.Tensor, shape (length, dim), optional
         Where the result goes: of the kind and dtype of the table.
 
@@ -180,8 +180,10 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
     -----
     For the old rows e, ``'hierarchical'`` gives position ``i * n + j`` the row
     ``alpha * u[i] + (1 - alpha) * u[j]`` with ``u[i] = (e[i] - alpha * e[0]) /
-    (1 - alpha)``. Some models keep rows in front that are no positions, as RoBERTa's
-    two: extend ``table[2:]`` and put them back.
+    (1 - alpha)``, so that ``e[0]`` has a part in all new rows. Some models keep rows in
+    front that are no positions, as RoBERTa's first two, or belong to a special token
+    and are unlike the others, as BERT's first: extend ``table[2:]`` or ``table[1:]``
+    and put them back.
 
     References
     ----------
@@ -210,8 +212,10 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
     if method == "hierarchical" and length > n * n:
         rule = f"be at most {n * n}, the square of the table's rows, for 'hierarchical'"
         raise ValueError(must(here, "length", rule, length))
-    rule = "be greater than 0 and less than 1"
-    alpha = real_number(here, "alpha", alpha, rule, lambda value: 0 < value < 1)
+    rule = "be greater than 0, less than 1 and not 0.5"
+    alpha = real_number(
+        here, "alpha", alpha, rule, lambda value: 0 < value < 1 and value != 0.5
+    )
     dtype = np.dtype(np.float64) if old.dtype.kind in "biu" else old.dtype
     dtype, tensor = dtype.newbyteorder("="), tensors.is_tensor(table)
     answer, result = table_result(

@@ -4,7 +4,6 @@
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +22,7 @@ LEAST = {"dim": 2, "length": 2, "heads": 1}
 MAP_CELLS = 4096  # along a side, at most: more than a screen shows
 CURVE_TOKENS = 1 << 24
 CHANNELS = 1 << 14
+LARGEST_BASE = 1e12
 PAD = 0.1  # inches around each part of a picture
 BASES = (1e4, 5e5)
 EXTENSION = 4  # factor of the methods whose wavelengths are compared
@@ -89,11 +89,12 @@ def _draw_decay(axes, dim, bases, length):
     plot_decay(inv_freqs, np.linspace(0, length, 1025), axes=axes)
     axes.set_title(f"{dim} channels", loc="left")
     period = rope_period(dim, bases[0])
+    whose = f" (base {bases[0]:g})" if bases[1:] else ""
     for place, name in ((period / 4, "\u00bc T"), (period, "T")):
         if place < length:
             axes.axvline(place, color=GREY, linewidth=1, zorder=0)
             axes.annotate(
-                f"{name} = {place:.0f}",
+                f"{name} = {place:.0f}{whose}",
                 (place, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(4, -4),
@@ -108,8 +109,8 @@ def draw_wavelengths(figure, options):
     """Draw the wavelengths of three methods of extension."""
     from .plot import plot_wavelengths
 
-    if options.dim % 2:
-        refuse("dim", "be even", options.dim)
+    if options.dim % 2 or options.dim < 4:
+        refuse("dim", "be even and at least 4", options.dim)
     scalings = {
         "none": None,
         f"linear, factor {EXTENSION}": {"rope_type": "linear", "factor": EXTENSION},
@@ -155,22 +156,22 @@ def draw_t5_bias(figure, options):
 
 
 def draw_alibi_bias(figure, options):
-    """Draw ALiBi's bias of the first, the middle and the last head."""
+    """Draw ALiBi's bias of heads with ever smaller slopes, on one scale."""
     from .plot import plot_bias
 
     positions = np.arange(options.length)
-    slopes = alibi_slopes(options.heads)
+    heads = sorted({0, options.heads // 4, options.heads // 2})
+    slopes = alibi_slopes(options.heads)[heads]
     bias = alibi_bias(slopes, positions, positions)
     bias[:, positions[:, None] < positions] = -np.inf
-    heads = sorted({0, options.heads // 4, options.heads // 2})
     figure.set_size_inches(1.6 + 4 * len(heads), 4.4)
     panels = figure.subplots(1, len(heads), squeeze=False)[0]
-    for axes, head in zip(panels, heads, strict=True):
-        image = plot_bias(bias, head=head, axes=axes).images[0]
-        image.set_clim(bias[heads, -1].min(), 0)
-        if head != heads[-1]:
+    for i, axes in enumerate(panels):
+        image = plot_bias(bias, head=i, axes=axes).images[0]
+        image.set_clim(bias[:, -1].min(), 0)
+        if axes is not panels[-1]:
             image.colorbar.remove()
-        title = f"ALiBi, head {head} of {options.heads}: slope {slopes[head]:.3g}"
+        title = f"ALiBi, head {heads[i]} of {options.heads}: slope {slopes[i]:.3g}"
         axes.set_title(title, loc="left")
 
 
@@ -232,7 +233,7 @@ PICTURES = {
         draw_similarity,
         MAP,
         "similarity of positions in the sinusoidal table",
-        {"dim": (128, CHANNELS), "length": (256, MAP_CELLS), "theta": (1e4, None)},
+        {"dim": (128, MAP_CELLS), "length": (256, MAP_CELLS), "theta": (1e4, None)},
     ),
     "t5_bias": Picture(
         draw_t5_bias,
@@ -289,8 +290,8 @@ def check(args):
 
 def _check_range(name, value, most):
     """Refuse a number that is not from the least there is to the most."""
-    if name == "theta" and not 1 < value < math.inf:
-        refuse(name, "be a finite number of more than 1", value)
+    if name == "theta" and not 1 < value <= LARGEST_BASE:
+        refuse(name, f"be more than 1 and at most {LARGEST_BASE:g}", value)
     if name in LEAST and most is not None and not LEAST[name] <= value <= most:
         refuse(name, f"be from {LEAST[name]} to {most}", value)
 

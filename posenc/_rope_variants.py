@@ -181,7 +181,7 @@ def rope_table_sections(
     ----------
     .. [1] Wang et al., "Qwen2-VL: Enhancing Vision-Language Model's Perception of the
        World at Any Resolution", 2024, section 2.1. https://arxiv.org/abs/2409.12191
-    .. [2] Bai et al., "Qwen3-VL Technical Report", 2025, interleaved MRoPE.
+    .. [2] Bai et al., "Qwen3-VL Technical Report", 2025, section 2.1.
        https://arxiv.org/abs/2511.21631
 
     Examples
@@ -258,7 +258,8 @@ def rope_table_xpos(
     keys : bool, default False
         True for the table of the keys, whose scales are one over those of the queries.
     scale_base : float, default 512.0
-        Tokens over which pair i shrinks to its ``zeta_i``.
+        Tokens over which pair i shrinks to its ``zeta_i``: 1 in the paper's algorithm,
+        512 in torchscale.
     reference : float, default 0.0
         Position of scale 1, the same for all calls whose keys and queries meet.
     gamma : float, default 0.4

@@ -10,6 +10,7 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import (
+    as_array,
     must,
     one_of,
     real_array,
@@ -336,7 +337,8 @@ def add_sinusoidal(
     table = _Table.checked(here, array.shape[-1], theta, layout, downscale_freq_shift)
     refuse_both(here, positions, offset, cu_seqlens)
     if positions is None:
-        positions = counted(here, lead, offset, cu_seqlens).astype(np.float64)
+        positions = counted(here, lead, offset, cu_seqlens)
+        positions = real_array(here, "offset", positions)
     else:
         positions = real_array(here, "positions", positions)
     positions = one_per_row(here, "positions", positions, lead)
@@ -362,7 +364,7 @@ def _grid_axes(function, shape):
     axes = []
     for number, axis in enumerate(shape):
         name = f"shape[{number}]"
-        if np.ndim(axis) == 0:
+        if as_array(function, name, axis).ndim == 0:
             positions = np.arange(float(whole_number(function, name, axis, 0)))
         else:
             positions = real_array(function, name, axis)

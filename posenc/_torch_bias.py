@@ -14,14 +14,14 @@ import torch
 
 from . import _core
 from . import _tensors as tensors
-from ._bias import KERNELS, alibi_slopes, check_buckets, check_kerple
+from ._bias import KERNELS, alibi_slopes, check_buckets, check_kerple, pairs_of
 from ._bias import alibi_bias as plain_alibi_bias
 from ._bias import fire_bias as plain_fire_bias
 from ._bias import kerple_bias as plain_kerple_bias
 from ._bias import t5_bias as plain_t5_bias
 from ._bias import t5_bucket as plain_t5_bucket
-from ._bias_spread import check_logits, in_type
-from ._check import must, one_of, true_or_false, whole_number
+from ._bias_spread import check_logits, check_shape, in_type
+from ._check import must, one_of, real_number, true_or_false, whole_number
 from ._rope_check import REAL_RULE
 from ._torch_check import as_tensor, check_tensor, refuse_out
 from ._torch_cope_ops import _register
@@ -249,6 +249,19 @@ def _check(function, given, add_to, out):
     return list(given.values())
 
 
+def _check_shapes(function, **given):
+    """Raise unless learned numbers are real and have shapes, given as (tensor, shape).
+
+    Compiled code leaves sizes to torch.
+    """
+    for name, (tensor, shape) in given.items():
+        if tensor.is_complex():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(must(function, name, REAL_RULE, f"dtype {kind}"))
+        if tensor.dim() != len(shape) or not _is_compiling():
+            check_shape(function, name, tuple(tensor.shape), shape)
+
+
 def _common(*given):
     """Return the common dtype; whole numbers count as float64."""
     dtype = None
@@ -373,9 +386,7 @@ def t5_bias(
             add_to=add_to,
             out=out,
         )
-    if weight.dim() != 2:
-        rule = "be of shape (num_buckets, H) and not empty"
-        raise ValueError(must(here, "weight", rule, f"shape {tuple(weight.shape)}"))
+    _check_shapes(here, weight=(weight, ("num_buckets", "H")))
     if not _is_compiling():
         check_buckets(here, bidirectional, weight.shape[0], max_distance, "weight")
     grid = _grid(here, q_positions, k_positions, whole=True)
@@ -455,6 +466,7 @@ def alibi_bias(
             add_to=add_to,
             out=out,
         )
+    _check_shapes(here, slopes=(slopes, ("H",)))
     if not _is_compiling():
         true_or_false(here, "symmetric", symmetric)
     grid = _grid(here, q_positions, k_positions)
@@ -528,6 +540,7 @@ def kerple_bias(
         return plain_kerple_bias(
             r1, r2, q_positions, k_positions, kernel=kernel, add_to=add_to, out=out
         )
+    _check_shapes(here, r1=(r1, ("H",)), r2=(r2, tuple(r1.shape)))
     if not _is_compiling():
         one_of(here, "kernel", kernel, KERNELS)
     if undisturbed() and not (r1.is_meta or r2.is_meta):
@@ -612,7 +625,7 @@ def fire_bias(
     References
     ----------
     .. [1] Li et al., "Functional Interpolation for Relative Positions Improves Long
-       Context Transformers", 2023, section 3. https://arxiv.org/abs/2310.04418
+       Context Transformers", 2023. https://arxiv.org/abs/2310.04418
 
     Examples
     --------
@@ -630,14 +643,14 @@ def fire_bias(
     (torch.Size([]), torch.Size([32, 1]))
     """
     here = "fire_bias"
-    layers = [tuple(pair) for pair in mlp]
     given = {
         f"mlp[{i}][{j}]": part
-        for i, pair in enumerate(layers)
+        for i, pair in enumerate(pairs_of(here, mlp))
         for j, part in enumerate(pair)
     }
     given |= {"c": c, "threshold": threshold}
     *flat, c, threshold = _check(here, given, add_to, out)
+    _check_shapes(here, c=(c, ()), threshold=(threshold, ()))
     layers = list(zip(flat[::2], flat[1::2], strict=True))
     if _plain((*flat, c, threshold), add_to, out):
         return plain_fire_bias(
@@ -650,6 +663,11 @@ def fire_bias(
             add_to=add_to,
             out=out,
         )
+    _check_layers(here, layers)
+    eps = real_number(here, "eps", eps)
+    for name, number in (("c", c), ("threshold", threshold)):
+        if undisturbed() and not number.is_meta:
+            real_number(here, name, number.item())
     c, threshold = c.double().abs(), threshold.double().abs()
     grid = _grid(here, q_positions, k_positions)
 
@@ -680,6 +698,15 @@ def fire_bias(
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     return _finish(here, make, _common(*flat), add_to, out)
+
+
+def _check_layers(function, layers):
+    """Raise unless the layers of a network continue each other."""
+    n_in = 1
+    for i, (weight, shift) in enumerate(layers):
+        _check_shapes(function, **{f"mlp[{i}][0]": (weight, ("n_out", n_in))})
+        _check_shapes(function, **{f"mlp[{i}][1]": (shift, tuple(weight.shape[:1]))})
+        n_in = weight.shape[0]
 
 
 def _split(grid, threshold):

@@ -273,7 +273,9 @@ def add_sinusoidal(
     _check_data(here, x)
     places = _places(here, positions, offset, cu_seqlens, padding_mask)
     one_of(here, "layout", layout, _sinusoidal.LAYOUTS)
-    theta, shift = float(theta), float(downscale_freq_shift)
+    rule = "be a positive number"
+    theta = real_number(here, "theta", theta, rule, lambda value: value > 0)
+    shift = real_number(here, "downscale_freq_shift", downscale_freq_shift)
     sines = Sines(scale, theta, layout, shift)
     given = x, *places
     if out is not None:
@@ -477,7 +479,10 @@ class SinusoidalEmbedding(torch.nn.Module):
 
     def extra_repr(self):
         """Return what `repr` shows between the brackets."""
-        return f"scale={self.scale}, theta={self.theta}, layout={self.layout!r}"
+        return (
+            f"scale={self.scale}, theta={self.theta}, layout={self.layout!r}, "
+            f"downscale_freq_shift={self.downscale_freq_shift}"
+        )
 
 
 class LearnedEmbedding(torch.nn.Module):

@@ -367,10 +367,8 @@ def plot_cope_positions(positions, *, query=None, labels=None, axes=None):
     if query is None:
         axes = axes_or_new(here, axes, MAP)
         title = "Contextual positions"
-        x, y = (
-            ("key (tokens)", np.arange(n_key)),
-            ("query (tokens)", np.arange(n_query)),
-        )
+        x = "key (tokens)", np.arange(n_key)
+        y = "query (tokens)", np.arange(n_query)
         draw_map(axes, positions, title, unit, x=x, y=y)
         if labels is not None and n_query <= n_key:
             axes.set_yticks(range(n_query), labels[n_key - n_query :])

@@ -10,6 +10,8 @@ and checks, take torch tensors, and are faster on plain arrays.
 - ``rope_complex(x, cis)``, ``(n),(m)->(n)``: the same pairs by a complex table
 - ``cos_sin(position, inv_freq)``, ``(),(m)->(m),(m)``: exact angles, in the type of
   `inv_freq` unless ``dtype=`` or ``out=`` says other
+- ``rope_decay(distance, inv_freq)``, ``(),(m)->()``: twice the sum of those cosines, of
+  that type too
 - ``add_sinusoidal_interleaved(x, position, inv_freq)``, ``(n),(),(m)->(n)``: x and the
   sines and cosines of the angles by turns; those of ``add_sinusoidal_concat`` go one
   after the other, those of ``add_sinusoidal_concat_flipped`` with cosines first
@@ -21,7 +23,7 @@ and checks, take torch tensors, and are faster on plain arrays.
 - ``cope_attention(q, k, v, position_embedding)``, ``(t,d),(s,d),(s,d),(d,p)->(t,d)``:
   causal, scaled by ``d**-0.5``
 - ``t5_bucket(relative_position, num_buckets, max_distance, bidirectional)``,
-  ``(),(),(),()->()``, elementwise: buckets, all int64
+  ``(),(),(),()->()``, elementwise: buckets, of int64 and a bool
 
 The rotations take float32 and float64; and float16 and ml_dtypes' bfloat16 data with a
 float32 (complex64) table or, but for ``rope_complex``, one of their own type; so do
@@ -52,6 +54,7 @@ from ._core import (
     cope_positions,
     cos_sin,
     rope_complex,
+    rope_decay,
     rope_half,
     rope_interleaved,
     t5_bucket,
@@ -68,6 +71,7 @@ __all__ = [
     "cope_positions",
     "cos_sin",
     "rope_complex",
+    "rope_decay",
     "rope_half",
     "rope_interleaved",
     "t5_bucket",

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import reference
 from ml_dtypes import bfloat16
+from mpmath import mp
 
 import posenc.ufunc
 
@@ -136,6 +137,28 @@ def within_table_ulp(results, operands):
                 assert error <= TABLE_ULP[cos.dtype], angle
 
 
+# The contract of sums of cosines, for each of them.
+DECAY_BOUND = 2.0**-48
+
+
+def within_decay_bound(results, operands):
+    """Judge by mpmath; an angle that is no number makes the one NaN of a sum."""
+    [got] = map(np.asarray, results)
+    distances, inv_freq = operands
+    inv_freq = np.broadcast_to(inv_freq, (*got.shape, inv_freq.shape[-1]))
+    distances = np.broadcast_to(distances, got.shape)
+    rounding = 2.0**-24 if got.dtype == np.float32 else 0
+    for index in np.ndindex(got.shape):
+        distance, freq = float(distances[index]), inv_freq[index].astype(float)
+        if freq.size and not np.isfinite([distance, *freq]).all():
+            reference.same_bits(got[index], got.dtype.type(np.nan))
+            continue
+        true = reference.true_decay(distance, freq)
+        bound = freq.size * DECAY_BOUND
+        bound += rounding * (abs(true) + bound)
+        assert abs(mp.mpf(float(got[index])) - true) <= bound, (distance, freq)
+
+
 # In eps of the greatest number that goes into a result. Products, sums and what two ulp
 # of a gate move are a few; of 16 bits it is the one rounding, after float32.
 CLOSE = {np.float32: 4, np.float64: 8, np.float16: 0.51, bfloat16: 0.51}
@@ -238,7 +261,7 @@ class Spec:
     name: str
     makers: tuple[Callable, ...]
     check: Callable
-    in_place: int  # the operand that `out` may be
+    in_place: int  # the operand that `out` may be, if it has the type of the results
     types: tuple[Types, ...]  # of its loops
     data: int | None = None  # the operand whose type the results have; None: in_place
 
@@ -263,7 +286,9 @@ class Spec:
 
     def has_place(self, types):
         """Whether `out` may be an operand: one has the type of the results."""
-        return self.data is None or types.data == types.table
+        rng = np.random.default_rng()
+        operands = self.operands(rng, [()] * self.ufunc.nin, {"n": 1, "m": 1}, types)
+        return operands[self.in_place].dtype == types.data
 
     @property
     def one_output(self):
@@ -343,6 +368,7 @@ SPECS = {
         ),
         Spec("cope_attention", (normal,) * 4, attention, 0, SINGLE),
         Spec("cos_sin", (position, frequency), within_table_ulp, 1, PLAIN),
+        Spec("rope_decay", (position, frequency), within_decay_bound, 0, PLAIN, 1),
         *(
             Spec(
                 f"add_sinusoidal_{layout}",

@@ -144,6 +144,13 @@ def true_cos_sin(position, inv_freq, factor=1.0):
         return mp.mpf(factor) * cos, mp.mpf(factor) * sin
 
 
+def true_decay(distance, inv_freq):
+    """Twice the sum of the cosines of distance * inv_freq (M,), as an mpmath number."""
+    terms = [true_cos_sin(float(distance), float(f))[0] for f in inv_freq]
+    with mp.workprec(106 + GUARD_BITS):
+        return 2 * mp.fsum(terms)
+
+
 def ulp_error(got, true, dtype):
     """Distance from `got` to the mpmath number `true`, in ulp of `true`."""
     kind = np.finfo(dtype)
@@ -437,7 +444,7 @@ def t5_bucket(offset, num_buckets, max_distance, bidirectional):
 
 
 def alibi_slopes(n_head):
-    """Press et al., 2022, footnote 8 to section 3: the authors' own recursion."""
+    """Press et al., 2022: the recursion of the authors' own code, for any number."""
 
     def of_power(n):
         start = 2.0 ** (-(2.0 ** -(math.log2(n) - 3)))
@@ -459,7 +466,7 @@ def alibi(slopes, q_positions, k_positions, symmetric=False):
 
 
 def kerple(r1, r2, q_positions, k_positions, kernel):
-    """Chi et al., 2022: -r1 log(1 + r2 |m - n|), or -r1 |m - n|^r2."""
+    """Chi et al., 2022, section 4: -r1 log(1 + r2 |m - n|), or -r1 |m - n|^r2."""
     distance = np.abs(offsets(q_positions, k_positions))
     if kernel == "log":
         return np.array(

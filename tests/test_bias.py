@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import inspect
+import math
 import pickle
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 from ml_dtypes import bfloat16
+from mpmath import mp
 
 import posenc
 
@@ -245,6 +247,11 @@ def test_dask_chunks_the_buckets():
         assert isinstance(result, da.Array)
         assert result.numblocks == (2, 2)
         reference.same_bits(result.compute(), want)
+    with pytest.raises(TypeError, match="out must be None for relative_position of"):
+        posenc.t5_bucket(chunked, out=np.zeros((8, 50), np.int64))
+    logits = da.zeros((3, 8, 50))
+    with pytest.raises(TypeError, match="add_to must be a plain NumPy array; got Arr"):
+        posenc.alibi_bias(np.ones(3), range(8), range(50), add_to=logits)
 
 
 # --- T5 against transformers: the bias -----------------------------------------------
@@ -295,12 +302,22 @@ def test_large_t5_bias_has_the_bits_of_transformers():
 # --- the others against their formulas -----------------------------------------------
 
 
+def true_slopes(n_head):
+    """The series for powers of two, and every other number of the next: doubles."""
+    power = 2 ** int(math.log2(n_head))
+    steps = [mp.mpf(-8 * (h + 1)) / power for h in range(power)]
+    steps += [mp.mpf(-4 * (2 * h + 1)) / power for h in range(n_head - power)]
+    with mp.workprec(200):
+        return [float(mp.power(2, step)) for step in steps]
+
+
 def test_slopes_are_those_of_the_formula_and_of_bloom():
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
     torch = pytest.importorskip("torch")
     for n_head in range(1, 65):
         slopes = posenc.alibi_slopes(n_head)
         np.testing.assert_allclose(slopes, reference.alibi_slopes(n_head), rtol=1e-14)
+        assert slopes.tolist() == true_slopes(n_head)
         mask = torch.ones(1, 5, dtype=torch.int64)
         theirs = bloom.build_alibi_tensor(mask, n_head, torch.float32)
         # Theirs are slope * key: ours of a query at 0.

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import reference
+from gufuncs import DECAY_BOUND, within_decay_bound
 from mpmath import mp
 
+import posenc
 from posenc import (
-    _decay,
     complete_turns,
     rope_decay,
     rope_inv_freq,
@@ -21,11 +22,11 @@ from posenc import (
     wavelengths,
 )
 
-# A cosine is off by 2**-53 at most. NumPy sums in blocks of 128, so that a term passes
-# fewer than 30 additions, each off by 2**-53 of at most M; and all is doubled.
-DECAY_BOUND = 2.0**-47
-# The same against real frequencies, which are off by 14 * 2**-53 of themselves, for
-# distances below 1000.
+# A product of rows: a sine or cosine is off by 2**-53 at most, and a term passes fewer
+# than 30 additions, each off by 2**-53 of at most the number of pairs.
+SIMILARITY_BOUND = 2.0**-47
+# Decay with real frequencies, which are off by 14 * 2**-53 of themselves, for distances
+# below 1000.
 FORMULA_BOUND = 2.0**-38
 # A frequency (tests/test_scaling.py), the division and the rounding of 2 * pi.
 PERIOD_BOUND = 18 * 2.0**-53
@@ -39,12 +40,6 @@ YARN = {
 }
 
 
-def true_decay(distance, inv_freq):
-    """Twice the sum of the cosines, in mpmath, of frequencies as they are."""
-    terms = [reference.true_cos_sin(float(distance), float(f))[0] for f in inv_freq]
-    return 2 * mp.fsum(terms)
-
-
 # --- decay ---------------------------------------------------------------------------
 
 
@@ -55,8 +50,29 @@ def true_decay(distance, inv_freq):
 def test_decay_is_exact_at_any_distance(dim, distance):
     inv_freq, _ = rope_inv_freq(dim)
     got = rope_decay(distance, inv_freq)
-    error = abs(mp.mpf(float(got)) - true_decay(distance, inv_freq))
+    error = abs(mp.mpf(float(got)) - reference.true_decay(distance, inv_freq))
     assert error <= dim // 2 * DECAY_BOUND
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n_pair", [1, 7, 8, 63, 64, 65, 128, 1000])
+def test_decay_keeps_its_bound(n_pair, dtype):
+    """Whole and other distances by turns, near each other and not; blocks and rests."""
+    rng = np.random.default_rng(n_pair)
+    inv_freq = 10.0 ** rng.uniform(-6, 0.5, n_pair)
+    whole = rng.integers(-(2**40), 2**40, 3)[:, None] + np.arange(3)
+    distance = np.concatenate([whole.ravel(), rng.uniform(-1e6, 1e6, 5)])
+    rng.shuffle(distance)
+    got = rope_decay(distance, inv_freq, dtype=dtype)
+    assert got.dtype == dtype
+    within_decay_bound([got], [distance, inv_freq])
+
+
+@pytest.mark.parametrize("n_pair", [1, 5, 64, 100])
+def test_distance_0_and_pairs_that_stand_still_are_exact(n_pair):
+    assert rope_decay(0, np.full(n_pair, 1e300)) == 2 * n_pair
+    assert rope_decay(-0.0, np.full(n_pair, 5e-324)) == 2 * n_pair
+    assert rope_decay(2**53, np.full(n_pair, 5e-324)) == 2 * n_pair
 
 
 @pytest.mark.parametrize("dim", [4, 128])
@@ -114,21 +130,26 @@ def test_scaling_stretches_decay():
     inv_freq, _ = rope_inv_freq(64)
     slower, _ = rope_inv_freq(64, scaling=LINEAR)
     x = np.arange(0, 4000, 4)
-    np.testing.assert_array_equal(rope_decay(x, slower), rope_decay(x / 4, inv_freq))
+    got, want = rope_decay(x, slower), rope_decay(x / 4, inv_freq)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2 * 32 * DECAY_BOUND)
 
 
 def test_a_sum_depends_on_its_own_distance_only():
     inv_freq, _ = rope_inv_freq(2050)
-    x = np.arange(3 * (_decay._PIECE // inv_freq.size) + 1) * 37.5
+    x = np.concatenate([np.arange(-3, 1030), np.arange(200) * 37.5])  # past 1024 rows
     got = rope_decay(x, inv_freq)
     np.testing.assert_array_equal(got, [rope_decay(v, inv_freq) for v in x])
+    np.testing.assert_array_equal(got, rope_decay(-x, inv_freq))
     np.testing.assert_array_equal(got[::-2], rope_decay(x[::-2], inv_freq))
     np.testing.assert_array_equal(got, rope_decay(x[None, :, None], inv_freq)[0, :, 0])
 
 
 def test_decay_of_strange_numbers_and_of_nothing():
-    got = rope_decay([np.nan, np.inf, 0], [1.0, 2.0])
-    assert np.isnan(got[:2]).all() and got[2] == 4
+    got = rope_decay([np.nan, np.inf, 0, -np.inf], [1.0, 2.0])
+    assert np.isnan(got[[0, 1, 3]]).all() and got[2] == 4
+    for strange in (np.nan, np.inf, -np.inf):
+        reference.same_bits(rope_decay([0, 5], [1, strange]), np.full(2, np.nan))
+    reference.same_bits(rope_decay([np.nan, np.inf], []), np.zeros(2))
     assert rope_decay([], [1.0]).shape == (0,)
     assert rope_decay(np.ones((2, 0)), [1.0]).shape == (2, 0)
     assert (rope_decay([1, 2], []) == 0).all()
@@ -148,6 +169,34 @@ def test_decay_dtype_and_out():
     np.testing.assert_array_equal(x, want)
 
 
+@pytest.mark.parametrize("shape", [(8,), (70,), (5, 5), (4, 4, 4), (140, 140)])
+def test_out_may_be_the_frequencies(shape):
+    """NumPy finds two arrays of one shape; but every sum needs a whole row of one."""
+    rng = np.random.default_rng(0)
+    inv_freq, distance = rng.random(shape), rng.integers(0, 99, shape).astype(float)
+    for given in (distance, inv_freq.copy()):
+        frequencies = inv_freq.copy()
+        want = posenc.ufunc.rope_decay(given, inv_freq)
+        got = posenc.ufunc.rope_decay(given, frequencies, out=frequencies)
+        assert got is frequencies
+        reference.same_bits(got, want)
+    want = posenc.ufunc.rope_decay(inv_freq, inv_freq)
+    reference.same_bits(posenc.ufunc.rope_decay(*[inv_freq] * 2, out=inv_freq), want)
+
+
+def test_frequencies_of_each_row_and_of_all_give_the_same_bits():
+    inv_freq, _ = rope_inv_freq(256)
+    x = np.arange(-40.0, 60.0) * 1.5
+    got = posenc.ufunc.rope_decay(x, np.tile(inv_freq, (x.size, 1)))
+    reference.same_bits(got, rope_decay(x, inv_freq))
+    single = inv_freq.astype(np.float32)
+    got = posenc.ufunc.rope_decay(x, single)
+    assert got.dtype == np.float32
+    reference.same_bits(got, rope_decay(x, single, dtype=np.float32))
+    wide = posenc.ufunc.rope_decay(x, single, dtype=np.float64)
+    reference.same_bits(wide, rope_decay(x, single))
+
+
 # --- similarity ----------------------------------------------------------------------
 
 
@@ -158,7 +207,7 @@ def test_similarity_is_the_product_of_rows(dim, layout):
     rows = [sinusoidal(x, dim, layout=layout, dtype=np.float64) for x in (a, b)]
     got = sinusoidal_similarity(a, b, dim)
     want = [[math.fsum(p * q) for q in rows[1]] for p in rows[0]]
-    np.testing.assert_allclose(got, want, rtol=0, atol=(dim + 1) * DECAY_BOUND)
+    np.testing.assert_allclose(got, want, rtol=0, atol=(dim + 1) * SIMILARITY_BOUND)
 
 
 @pytest.mark.parametrize("theta", [10000.0, 50.0])
@@ -169,8 +218,8 @@ def test_similarity_is_half_the_decay_of_the_same_frequencies(theta):
     # A frequency may be off by 14 * 2**-53 of itself, times the distance.
     want = rope_decay(a[:, None] - b, inv_freq) / 2
     np.testing.assert_allclose(got[:2], want[:2], rtol=0, atol=64 * FORMULA_BOUND)
-    assert np.abs(got).max() <= 32 * (1 + DECAY_BOUND)
-    assert got[0, 0] == pytest.approx(32, abs=32 * DECAY_BOUND)
+    assert np.abs(got).max() <= 32 * (1 + SIMILARITY_BOUND)
+    assert got[0, 0] == pytest.approx(32, abs=32 * SIMILARITY_BOUND)
 
 
 def test_the_query_at_position_0_oscillates_and_decays():
@@ -185,7 +234,7 @@ def test_similarity_of_batches_in_float32_and_into_out():
     want = sinusoidal_similarity(a, b, 16)
     assert want.shape == (2, 2, 3, 4)
     one = sinusoidal_similarity(a[1, 0], b[0], 16)
-    np.testing.assert_allclose(want[1, 0], one, rtol=0, atol=16 * DECAY_BOUND)
+    np.testing.assert_allclose(want[1, 0], one, rtol=0, atol=16 * SIMILARITY_BOUND)
     out = np.empty(want.shape, np.float32)
     got = sinusoidal_similarity(a, b, 16, dtype=np.float32, out=out)
     assert got is out

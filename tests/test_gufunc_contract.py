@@ -241,7 +241,8 @@ def test_out_may_be_the_input_reversed(spec, types):
 @every_loop
 def test_out_may_hold_another_operand(spec, types):
     """The last operand's memory, and the first one's where it is a column of out."""
-    needs_core_dimensions(spec)
+    if not spec.cores[-1]:
+        pytest.skip("a result of one number has no columns")
     sizes = {"n": 160, "m": 80}
     for index in range(spec.ufunc.nin):
         operands = plain(spec, ((6,),), sizes, types)
@@ -532,8 +533,11 @@ def test_core_sizes_of_one_name_must_agree(spec):
     needs_core_dimensions(spec)
     operands = plain(spec)
     names = [core[0] if core else None for core in spec.cores]
-    shared = [i for i in range(spec.ufunc.nin) if names.count(names[i]) > 1]
-    last = max(i for i in shared if names[i])
+    named = [i for i in range(spec.ufunc.nin) if names[i]]
+    shared = [i for i in named if names.count(names[i]) > 1]
+    if not shared:
+        pytest.skip("no two operands have a size in common")
+    last = max(shared)
     operands[last] = operands[last][..., :-1]
     out = spec.fresh(plain(spec), SIZES)
     with pytest.raises(ValueError, match="mismatch in its core dimension"):

@@ -96,10 +96,11 @@ def test_padding_becomes_zero_and_its_positions_are_not_looked_at(dtype, shape):
     x, table = normal(2, 3, 5, 6, dtype=dtype), normal(9, 6, dtype=dtype, seed=1)
     mask = np.random.default_rng(3).random(shape) < 0.5
     positions = np.where(mask, -1, 3)
-    got = posenc.add_learned(x, table, positions=positions, padding_mask=mask)
     want = posenc.add_learned(x, table, positions=3)
     whole = mask[:, None] if len(shape) == 2 else mask
-    want[np.broadcast_to(whole, (2, 3, 5))] = 0
+    hidden = np.broadcast_to(whole, (2, 3, 5))
+    want[hidden], x[hidden] = 0, np.resize([np.nan, np.inf, -np.inf], 6)
+    got = posenc.add_learned(x, table, positions=positions, padding_mask=mask)
     reference.same_bits(got, want)
 
 
@@ -123,6 +124,7 @@ def test_packed_sequences_and_decode_steps():
         ({"offset": [0, 5]}, "512 for token 512"),
         ({"offset": -1}, "-1 for token 0"),
         ({"positions": np.arange(513)}, "512 at index (512,)"),
+        ({"positions": np.arange(513) - 3}, "-3 at index (0,)"),
         ({"cu_seqlens": [0, 513]}, "512 for token 512"),
     ],
     ids=str,

@@ -60,6 +60,8 @@ GOOD = (
     "ufunc.rope_complex(x, cis)",
     "ufunc.rope_complex(short, cis)",
     "ufunc.cos_sin(wide, inv_freq, dtype=np.float32)",
+    "ufunc.rope_decay(wide, inv_freq)",
+    "rope_decay(wide, inv_freq, dtype=np.float32)",
     "build_info()",
 )
 BAD = tuple(call for call, _ in test_errors.cases())

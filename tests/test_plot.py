@@ -577,8 +577,8 @@ def test_command_uses_the_options():
     assert (line.get_ydata() == posenc.rope_decay(line.get_xdata(), inv_freq)).all()
     assert line.get_xdata()[-1] == 90
     assert shown(figure_of("t5_bias", length=5).axes[1]).shape == (5, 5)
-    panels = figure_of("alibi_bias", length=5, heads=2).axes
-    assert [shown(axes)[4, 0] for axes in panels] == [-4 / 2**4, -4 / 2**8]
+    panels = figure_of("alibi_bias", length=5, heads=8).axes
+    assert [shown(axes)[4, 0] for axes in panels] == [-4 / 2, -4 / 8, -4 / 32]
 
 
 def test_command_draws_the_four_cases_of_decay():
@@ -594,8 +594,8 @@ def test_command_draws_the_four_cases_of_decay():
     quarter = "\u00bc T"
     assert marks == [
         [f"{quarter} = 157", "T = 628"],
-        [f"{quarter} = 14617"],
-        [f"{quarter} = 15637"],
+        [f"{quarter} = 14617 (base 10000)"],
+        [f"{quarter} = 15637 (base 10000)"],
     ]
 
 
@@ -692,14 +692,17 @@ def refused(capsys, *arguments):
         ),
         (
             "table -o a.png --theta 1",
-            "plot: theta must be a finite number of more than 1; got 1.0",
+            "plot: theta must be more than 1 and at most 1e+12; got 1.0",
         ),
         (
             "decay -o a.png --theta nan",
-            "plot: theta must be a finite number of more than 1; got nan",
+            "plot: theta must be more than 1 and at most 1e+12; got nan",
         ),
         ("decay -o a.png --dim 7", "plot: dim must be even; got 7"),
-        ("wavelengths -o a.png --dim 7", "plot: dim must be even; got 7"),
+        (
+            "wavelengths -o a.png --dim 2",
+            "plot: dim must be even and at least 4; got 2",
+        ),
         ("alibi_bias -o a.png --heads 0", "plot: heads must be from 1 to 1024; got 0"),
         (
             "extension -o a.png --json nowhere.json",

@@ -120,6 +120,31 @@ def test_axial_as_qwen2_vl_rotates_patches():
     assert torch.equal(rope(q, *got, axis=0), want)
 
 
+def test_axial_as_pixtral_rotates_patches():
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    from transformers.models.pixtral import modeling_pixtral as theirs
+
+    config = transformers.PixtralVisionConfig(
+        hidden_size=64, num_attention_heads=2, head_dim=32
+    )
+    module = theirs.PixtralVisionRotaryEmbedding(config)
+    n_row, n_column = 5, 7
+    places = torch.cartesian_prod(torch.arange(n_row), torch.arange(n_column))
+    q = torch.from_numpy(normal(1, 2, 35, 32).astype(np.float32))
+    full = module(q, places)
+    theta = config.rope_parameters["rope_theta"]
+    inv_freq, _ = rope_inv_freq(32, theta=theta, dtype=np.float32)
+    inv_freq = inv_freq.reshape(-1, 2).T
+    got = rope_table_axial((n_row, n_column), inv_freq, angles="float32")
+    got = [torch.from_numpy(table.reshape(35, 16)) for table in got]
+    for table, true in zip(got, full, strict=True):
+        error = (torch.cat([table, table], -1) - true).abs().max()
+        # Their frequencies are torch's powers, up to an ulp from ours.
+        assert error <= n_column * 2.0**-23 + COS_SIN_FLOAT32
+    want, _ = theirs.apply_rotary_pos_emb(q, q, *full, unsqueeze_dim=0)
+    assert torch.equal(rope(q, *(table[:, :16] for table in full)), want)
+
+
 def test_axial_as_llama_4_rotates_patches():
     """x before y, counted from 1, consecutive channels."""
     torch = pytest.importorskip("torch")
@@ -306,7 +331,7 @@ def test_sections_as_transformers_has_them(family, section, head_dim):
 
 
 def true_xpos(position, inv_freq, pair, n_pair, reference_, keys, base=512, gamma=0.4):
-    """Sun et al., 2022, algorithm 1: the scale times cosine and sine, by mpmath."""
+    """Sun et al., 2022, algorithm 1, with torchscale's base, by mpmath."""
     with mp.workprec(400):
         zeta = (mp.mpf(pair) / n_pair + mp.mpf(gamma)) / (1 + mp.mpf(gamma))
         power = (mp.mpf(position) - reference_) / base

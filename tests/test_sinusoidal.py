@@ -42,6 +42,15 @@ def table_for(x, positions=None, **options):
     return posenc.sinusoidal(positions, x.shape[-1], dtype=kind, **options)
 
 
+def sines_and_cosines(table, layout):
+    """Take a table apart."""
+    n_pair = table.shape[-1] // 2
+    if layout == "interleaved":
+        return table[..., 0 : 2 * n_pair : 2], table[..., 1 : 2 * n_pair : 2]
+    halves = table[..., :n_pair], table[..., n_pair : 2 * n_pair]
+    return halves if layout == "concat" else halves[::-1]
+
+
 # --- the formula ---------------------------------------------------------------------
 
 
@@ -90,15 +99,36 @@ def test_the_formula_in_any_layout(layout, shift, dim):
                 assert error <= FORMULA_ULP, (position, float(exact))
 
 
+@every_layout
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_any_position_in_the_sense_of_exact_tables(dtype):
+@pytest.mark.parametrize("dim", [3, 12])
+def test_any_position_in_the_sense_of_exact_tables(dtype, layout, dim):
     rng = np.random.default_rng(1)
-    positions = rng.uniform(-1, 1, 60) * 2.0 ** rng.uniform(0, 31, 60)
+    positions = rng.uniform(-1, 1, 40) * 2.0 ** rng.uniform(0, 31, 40)
     positions[::2] = np.rint(positions[::2])
-    inv_freq = _sinusoidal._frequencies(6, 10000.0, 0.0, 1.0)
-    got = posenc.sinusoidal(positions, 12, dtype=dtype)
-    worst = reference.worst_ulp(got[:, 1::2], got[:, 0::2], positions, inv_freq)
-    assert worst <= TABLE_ULP[dtype]
+    positions[:2] = -(2.0**31), 2.0**31
+    for theta, shift in ((10000.0, 0.0), (10000.0, dim // 2 - 0.5), (77.5, 0.0)):
+        options = {"theta": theta, "downscale_freq_shift": shift, "layout": layout}
+        got = posenc.sinusoidal(positions, dim, dtype=dtype, **options)
+        inv_freq = _sinusoidal._frequencies(dim // 2, theta, shift, 1.0)
+        sin, cos = sines_and_cosines(got, layout)
+        worst = reference.worst_ulp(cos, sin, positions, inv_freq)
+        assert worst <= TABLE_ULP[dtype]
+        assert (got[:, 2 * (dim // 2) :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_hard_angles_too(dtype):
+    """Next to multiples of pi/2, by mpmath: a sum with zero is the table."""
+    for _, *numbers, cos, sin in json.loads((GOLDEN / "cos_sin.json").read_text()):
+        position, inv_freq, factor = map(float.fromhex, numbers)
+        if factor == 1:
+            got = posenc.ufunc.add_sinusoidal_concat(
+                np.zeros(2, dtype), position, np.array([inv_freq])
+            )
+            for value, text in zip(got, (sin, cos), strict=True):
+                error = reference.ulp_error(value, reference.from_hex(text), dtype)
+                assert error <= TABLE_ULP[dtype]
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0, 0.3])
@@ -171,6 +201,40 @@ def test_the_recipe_of_masked_autoencoders():
     half = dim // 2
     reference.same_bits(by_row[..., :half], got[..., half:])
     reference.same_bits(by_row[..., half:], got[..., :half])
+
+
+def test_the_grid_of_transformers():
+    """Their float64 numbers: of ViT-MAE x first, of AIMv2, RT-DETR and others y."""
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    from transformers.models.vit_mae import modeling_vit_mae as theirs
+
+    config = transformers.ViTMAEConfig(
+        hidden_size=32, image_size=80, patch_size=16, decoder_hidden_size=16
+    )
+    module = theirs.ViTMAEEmbeddings(config)
+    module.initialize_weights()
+    of_class, want = module.position_embeddings.detach()[0].split([1, 25])
+    assert not of_class.any()
+    got = torch.from_numpy(posenc.sinusoidal_grid((5, 5), 32).reshape(25, 32))
+    # Both are within about half an ulp of the true ones: an ulp.
+    torch.testing.assert_close(got, want, rtol=2.0**-23, atol=0)
+    want = theirs.build_2d_sinusoidal_position_embedding(
+        3, 5, 32, temperature=500.0, dtype=torch.float64
+    )
+    got = posenc.sinusoidal_grid((3, 5), 32, theta=500.0, indexing="ij", dtype="f8")
+    np.testing.assert_allclose(got.reshape(15, 32), want.numpy(), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dim", [16, 17])
+def test_the_table_of_m2m_100(dim):
+    """The frequencies of tensor2tensor and fairseq; an odd channel is zero."""
+    torch = pytest.importorskip("torch")
+    models = pytest.importorskip("transformers.models.m2m_100.modeling_m2m_100")
+    of_theirs = models.M2M100SinusoidalPositionalEmbedding.get_embedding
+    got = posenc.sinusoidal(
+        torch.arange(60), dim, layout="concat", downscale_freq_shift=1
+    )
+    assert (got - of_theirs(60, dim)).abs().max() <= 2 * 60 * FLOAT32_ANGLE
 
 
 def test_a_grid_of_three_axes_and_fractional_positions():
@@ -315,16 +379,21 @@ def test_the_size_of_pieces_changes_nothing(piece, shape, monkeypatch):
 
 
 @every_dtype
+@every_layout
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 1, 5), (2, 3, 5), ()])
-def test_padding_becomes_zero(dtype, shape):
-    x = normal(2, 3, 5, 6, dtype=dtype)
-    x[0, 0, 0] = np.nan
+def test_padding_becomes_zero_whatever_stands_there(dtype, layout, shape):
     mask = np.random.default_rng(3).random(shape) < 0.5
-    got = posenc.add_sinusoidal(x, scale=3.0, padding_mask=mask)
-    want = posenc.add_sinusoidal(x, scale=3.0)
-    whole = mask[:, None] if len(shape) == 2 else mask
-    want[np.broadcast_to(whole, (2, 3, 5))] = 0
+    hidden = np.broadcast_to(mask[:, None] if len(shape) == 2 else mask, (2, 3, 5))
+    positions = np.where(hidden, np.nan, np.arange(30).reshape(2, 3, 5))
+    x = normal(2, 3, 5, 7, dtype=dtype)
+    options = {"scale": 3.0, "positions": positions, "layout": layout}
+    want = posenc.add_sinusoidal(x, **options)
+    want[hidden] = 0
+    x[hidden] = np.resize([np.nan, np.inf, -np.inf], 7)
+    got = posenc.add_sinusoidal(x, **options, padding_mask=mask)
     reference.same_bits(got, want)
+    assert posenc.add_sinusoidal(x, **options, padding_mask=mask, out=x) is x
+    reference.same_bits(x, want)
 
 
 def test_padding_on_the_left_as_the_notes_have_it():

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -357,6 +358,18 @@ def test_module_state():
     reference.same_bits(symmetric.numpy(), want)
 
 
+@pytest.mark.parametrize("make", [T5Bias, ALiBi])
+def test_modules_are_pickled_and_made_on_meta(make):
+    module = make(5)
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again.eval()(4, 7), module.train()(4, 7))
+    with torch.device("meta"):
+        module = make(5)
+    assert module(4, 7).shape == (5, 4, 7)
+    module.to_empty(device="cpu").load_state_dict(again.state_dict())
+    assert torch.equal(module(4, 7), again(4, 7))
+
+
 def test_t5_bias_can_be_learned():
     """A head that prefers the key before the query."""
     torch.manual_seed(0)
@@ -378,6 +391,7 @@ def test_t5_bias_can_be_learned():
 
 WEIGHT = torch.zeros(32, 3, requires_grad=True)
 LOGITS = torch.zeros(3, 5, 9)
+LAYER = WEIGHT[:3, :1], WEIGHT[:3, 0]
 ERRORS = [
     (
         lambda: t5_bias(WEIGHT, range(5), [[0.5]]),
@@ -426,7 +440,98 @@ ERRORS = [
         ValueError,
         "r1 must hold finite numbers above 0; got -1.0",
     ),
+    (
+        lambda: kerple_bias(LAYER[0], LAYER[1], [1], [1]),
+        ValueError,
+        "r1 must be of shape (H,) and not empty; got shape (3, 1)",
+    ),
+    (
+        lambda: kerple_bias(WEIGHT[:3, 0], WEIGHT[:2, 0], [1], [1]),
+        ValueError,
+        "r2 must be of shape (3,) and not empty; got shape (2,)",
+    ),
+    (
+        lambda: kerple_bias(WEIGHT[0].exp(), WEIGHT[0].exp(), [1], [1], kernel="exp"),
+        ValueError,
+        "kernel must be one of 'log', 'power'; got 'exp'",
+    ),
+    (
+        lambda: alibi_bias(WEIGHT, range(5), range(9)),
+        ValueError,
+        "slopes must be of shape (H,) and not empty; got shape (32, 3)",
+    ),
+    (
+        lambda: alibi_bias(WEIGHT[0].cfloat(), range(5), range(9)),
+        TypeError,
+        "slopes must be float16, bfloat16, float32 or float64; got dtype complex64",
+    ),
+    (
+        lambda: alibi_bias(WEIGHT[0], range(5), range(9), symmetric=1),
+        TypeError,
+        "symmetric must be True or False; got 1",
+    ),
+    (
+        lambda: t5_bias(WEIGHT[:, :0], range(5), range(9)),
+        ValueError,
+        "weight must be of shape (num_buckets, H) and not empty; got shape (32, 0)",
+    ),
+    (
+        lambda: t5_bias("weight", range(5), range(9)),
+        TypeError,
+        "weight must be a torch.Tensor or an array that torch can read; got str",
+    ),
+    (
+        lambda: t5_bias(WEIGHT.to_sparse(), range(5), range(9)),
+        TypeError,
+        "weight must be a dense tensor; got one of layout torch.sparse_coo",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, range(5), torch.arange(9).to_sparse()),
+        TypeError,
+        "k_positions must be a dense tensor; got one of layout torch.sparse_coo",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, "first", range(9)),
+        TypeError,
+        "q_positions must be a torch.Tensor or an array that torch can read; got str",
+    ),
+    (
+        lambda: fire_bias(None, range(5), range(9)),
+        TypeError,
+        "mlp must be a list of pairs of weight and bias; got NoneType",
+    ),
+    (
+        lambda: fire_bias([(WEIGHT,)], range(5), range(9)),
+        TypeError,
+        "mlp[0] must be a pair of weight and bias; got tuple",
+    ),
+    (
+        lambda: fire_bias([LAYER, LAYER], range(5), range(9)),
+        ValueError,
+        "mlp[1][0] must be of shape (n_out, 3) and not empty; got shape (3, 1)",
+    ),
+    (
+        lambda: fire_bias([(LAYER[0], WEIGHT[0, :2])], range(5), range(9)),
+        ValueError,
+        "mlp[0][1] must be of shape (3,) and not empty; got shape (2,)",
+    ),
+    (
+        lambda: fire_bias([LAYER], range(5), range(9), c=LAYER[1]),
+        ValueError,
+        "c must be of shape (); got shape (3,)",
+    ),
+    (
+        lambda: fire_bias([LAYER], range(5), range(9), threshold=torch.inf),
+        ValueError,
+        "threshold must be a finite number; got inf",
+    ),
+    (
+        lambda: fire_bias([LAYER], range(5), range(9), eps=None),
+        TypeError,
+        "eps must be a finite number; got None",
+    ),
     (lambda: T5Bias(0), ValueError, "n_head must be a whole number"),
+    (lambda: ALiBi(0), ValueError, "n_head must be a whole number of at least 1"),
     (lambda: T5Bias(4, num_buckets=3), ValueError, "num_buckets must be a whole"),
     (lambda: T5Bias(4)(3, 2), ValueError, "n_key must be a whole number of at least 3"),
     (lambda: ALiBi(4)(2.0), TypeError, "n_query must be a whole number"),

@@ -3,10 +3,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import copy
+import pickle
 
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import posenc  # noqa: E402
 import posenc.torch as pt  # noqa: E402
@@ -168,13 +171,78 @@ def test_out_without_gradients_only():
             lambda: pt.add_sinusoidal(torch.ones(3, 1), positions=[0] * 3, offset=1),
             "positions must not be given together with offset; got both",
         ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), positions="first"),
+            "positions must be a torch.Tensor or an array that torch can read; got str",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), scale=None),
+            "scale must be a finite number; got None",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), theta="large"),
+            "theta must be a positive number; got 'large'",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), downscale_freq_shift=None),
+            "downscale_freq_shift must be a finite number; got None",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), layout="half"),
+            "layout must be one of 'interleaved', .*; got 'half'",
+        ),
+        (
+            lambda: pt.add_sinusoidal(torch.ones(3, 1), out=[1.0]),
+            "out must be a torch.Tensor; got list",
+        ),
+        (
+            lambda: pt.add_sinusoidal(data(3, 1), out=torch.ones(3, 1)),
+            "out must be None where gradients are needed; got a tensor",
+        ),
+        (
+            lambda: pt.add_learned(torch.ones(3, 1), torch.ones(3, 1), scale="2"),
+            "scale must be a finite number; got '2'",
+        ),
+        (
+            lambda: pt.add_learned(torch.ones(3, 1), torch.ones(3, 1), out=[1.0]),
+            "out must be a torch.Tensor; got list",
+        ),
         (lambda: pt.SinusoidalEmbedding(theta=0), "theta must be a positive number"),
+        (lambda: pt.SinusoidalEmbedding(scale=True), "scale must be a finite number"),
+        (
+            lambda: pt.SinusoidalEmbedding(downscale_freq_shift="1"),
+            "downscale_freq_shift must be a finite number; got '1'",
+        ),
+        (lambda: pt.SinusoidalEmbedding(layout="x"), "layout must be one of"),
         (lambda: pt.LearnedEmbedding(0, 4), "n_position must be a whole number of"),
+        (lambda: pt.LearnedEmbedding(4, 0), "dim must be a whole number of at least 1"),
+        (lambda: pt.LearnedEmbedding(4, 4, scale=None), "scale must be a finite"),
+        (
+            lambda: pt.LearnedEmbedding.from_table([[1.0]]),
+            "table must be a torch.Tensor; got list",
+        ),
+        (
+            lambda: pt.LearnedEmbedding.from_table(torch.ones(3)),
+            "table must be of shape .P, dim.; got shape .3,.",
+        ),
     ],
 )
 def test_errors(call, text):
     with pytest.raises((TypeError, ValueError), match=text):
         call()
+
+
+def test_other_devices():
+    with FakeTensorMode():
+        x, slopes = (torch.empty(shape, device="cuda") for shape in ((3, 4), (3,)))
+    calls = [
+        lambda: pt.add_sinusoidal(x),
+        lambda: pt.add_learned(x, torch.ones(3, 4)),
+        lambda: pt.alibi_bias(slopes, range(3), range(3)),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="must be on the CPU; got a tensor on cuda"):
+            call()
 
 
 # --- modules -------------------------------------------------------------------------
@@ -205,4 +273,20 @@ def test_a_sinusoidal_module_has_no_state():
     want = posenc.sinusoidal(range(5), 6, layout="concat", downscale_freq_shift=1)
     assert torch.equal(module(x), x + torch.from_numpy(want))
     assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    assert "layout='concat'" in repr(module)
+    assert "layout='concat', downscale_freq_shift=1.0" in repr(module)
+
+
+@pytest.mark.parametrize("name", ["SinusoidalEmbedding", "LearnedEmbedding"])
+def test_modules_are_pickled_and_made_on_meta(name):
+    arguments = (9, 6) if name == "LearnedEmbedding" else ()
+    module, x = getattr(pt, name)(*arguments, scale=2.0), torch.randn(2, 5, 6)
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again.eval()(x), module.train()(x))
+    with torch.device("meta"):
+        module = getattr(pt, name)(*arguments)
+    result = module(x.to("meta"))
+    assert result.is_meta
+    assert result.shape == x.shape
+    module.to_empty(device="cpu").load_state_dict(again.state_dict())
+    module.scale = 2.0
+    assert torch.equal(module(x), again(x))
