@@ -43,10 +43,10 @@ class BuildAtOnce(build_ext):
 
 
 setup(
+    cmdclass={"build_ext": BuildAtOnce},
     # Objects of an earlier build may come from other settings of the environment.
     # An editable install by path: a folder called posenc beside a script, such as the
     # clone itself, would otherwise be taken for the package.
-    cmdclass={"build_ext": BuildAtOnce},
     options={"build_ext": {"force": True}, "editable_wheel": {"mode": "compat"}},
     ext_modules=[
         Extension(

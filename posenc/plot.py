@@ -182,7 +182,7 @@ def plot_wavelengths(inv_freqs, length, *, axes=None):
     >>> none, _ = posenc.rope_inv_freq(128)
     >>> slower, _ = posenc.rope_inv_freq(128, scaling=linear)
     >>> axes = plot_wavelengths({"none": none, "linear": slower}, 4096)
-    >>> [text.get_text() for text in axes.texts[1:]]
+    >>> [text.get_text() for text in axes.texts]
     ['none: 46 of 64 turn', 'linear: 36 of 64 turn']
     """
     here = "plot_wavelengths"
@@ -198,18 +198,9 @@ def plot_wavelengths(inv_freqs, length, *, axes=None):
         tokens = _draw_wavelengths(axes, inv_freq, length, look(index))
         turns = f"{complete_turns(inv_freq, length)} of {inv_freq.size} turn"
         ends.append((f"{label}: {turns}", _last(tokens), color, dashes))
-    title = "Wavelengths against the trained length"
-    set_frame(axes, title, "channel pair", "wavelength (tokens per turn)")
-    axes.annotate(
-        f"hollow: no full turn in\nthe trained length, {length:g} tokens",
-        (0, length),
-        xycoords=("axes fraction", "data"),
-        xytext=(6, 3),
-        textcoords="offset points",
-        color=GREY,
-        fontsize=9,
-        zorder=1,  # behind the curves
-    )
+    title = f"Wavelengths against the trained length, {length:g} tokens"
+    hollow = "hollow: no full turn in the trained length"
+    set_frame(axes, title, f"channel pair ({hollow})", "wavelength (tokens per turn)")
     label_ends(axes, ends)
     return axes
 
