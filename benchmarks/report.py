@@ -92,6 +92,14 @@ By how much memory grows at most meanwhile, results included, in float32. The li
 was not run: it has {} arrays of shape (H, T, T) at once, {} with gradients."""
 MEMORY = MEMORY.format(*LISTING_ARRAYS.values())
 
+SHOWN_TABLES = ("add_", "sinusoidal, ", "t5_bias", "alibi_bias", "rope_decay")
+TABLES = """\
+Added tables, relative biases and decay on one thread, as multiples of a copy, or in
+time where nothing is copied. The bytes of a bias are written and not read: *zeros*
+fills the same memory. Fresh results of 200 MB are page faults, and vary by more than
+ten times with the state of the memory: give `out`."""
+
+
 # --- README --------------------------------------------------------------------------
 
 
@@ -277,6 +285,11 @@ def _empty_cells(records, group):
     return "Empty cells:\n\n" + listed(gaps(in_group(records, group)))
 
 
+def _is_of_tables(record):
+    """Tell whether README shows a record among tables and biases."""
+    return record["threads"] == 1 and record["case"].startswith(SHOWN_TABLES)
+
+
 def readme_part(result):
     """Return what stands in README between the marks."""
     records = result["records"]
@@ -291,6 +304,8 @@ def readme_part(result):
             *([_empty_cells(records, "attention")] * has_gaps),
             BIAS,
             other_table([r for r in records if r["case"].startswith("cope_bias")]),
+            TABLES,
+            other_table([r for r in records if _is_of_tables(r)]),
             MEMORY,
             memory_table(records),
             "Whole models, random weights, batch of one:",
