@@ -1,9 +1,14 @@
 """Torch CPU tensors seen as NumPy arrays. Finds torch, but never imports it."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+import math
 import sys
 
+import numpy as np
 from ml_dtypes import bfloat16
+
+# Bytes from which on NumPy asks for huge pages.
+_MIN_HUGE_SIZE = 1 << 22
 
 
 def _torch():
@@ -70,13 +75,33 @@ def as_numpy(tensor):
 def empty_like(tensor, dtype):
     """Return a new tensor of a NumPy dtype, in the memory order of `tensor`."""
     torch = _torch()
+    if tensor.is_contiguous() and _is_large(tensor.shape, dtype):
+        return empty(tensor.shape, dtype)
     return torch.empty_like(tensor, dtype=getattr(torch, dtype.name))
 
 
 def empty(shape, dtype):
-    """Return a new tensor of a NumPy dtype."""
+    """Return a new tensor of a NumPy dtype.
+
+    Large ones lie in memory of NumPy, which asks for huge pages: torch does not, and
+    page by page fresh memory takes longer than what is written there.
+    """
     torch = _torch()
-    return torch.empty(shape, dtype=getattr(torch, dtype.name), device="cpu")
+    is_large = _is_large(shape, dtype)
+    own = 0 if is_large else shape
+    tensor = torch.empty(own, dtype=getattr(torch, dtype.name), device="cpu")
+    if is_large:
+        memory = torch.from_numpy(np.empty(_n_byte(shape, dtype), np.uint8))
+        tensor.set_(memory.untyped_storage(), 0, shape)
+    return tensor
+
+
+def _n_byte(shape, dtype):
+    return math.prod(shape) * dtype.itemsize
+
+
+def _is_large(shape, dtype):
+    return _n_byte(shape, dtype) >= _MIN_HUGE_SIZE
 
 
 def from_numpy(array):

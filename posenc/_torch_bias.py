@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from . import _core
@@ -33,7 +34,8 @@ from ._torch_ops import _bare, _is_compiling, register, transformed, undisturbed
 def _spread(values, n_query, dtype):
     values = tensors.as_numpy(_bare(values).contiguous())
     n_key = values.shape[-1] - n_query + 1
-    out = torch.empty((*values.shape[:-1], n_query, n_key), dtype=dtype)
+    shape = (*values.shape[:-1], n_query, n_key)
+    out = tensors.empty(shape, np.dtype(tensors.numpy_dtype(dtype)))
     result = tensors.as_numpy(out)
     if out.numel():
         _core.bias_arrays(in_type(values, result.dtype), None, result)

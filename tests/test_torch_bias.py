@@ -16,6 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch_tools import Graphs  # noqa: E402
 
 import posenc  # noqa: E402
+from posenc import _tensors  # noqa: E402
 from posenc.torch import (  # noqa: E402
     ALiBi,
     T5Bias,
@@ -551,3 +552,18 @@ def test_numbers_of_numpy_are_taken():
     got = alibi_bias(slopes, np.arange(3), range(5))
     want = posenc.alibi_bias(slopes, range(3), range(5))
     reference.same_bits(got.numpy(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_results_are_tensors_like_others(dtype):
+    """They lie in memory of NumPy: of their own, not views, free to be written."""
+    weight = torch.randn(32, 2).to(dtype).requires_grad_()
+    places = range(1100)
+    bias = posenc.torch.t5_bias(weight, places, places)
+    plain = posenc.t5_bias(weight.detach(), places, places)
+    assert plain.nbytes >= _tensors._MIN_HUGE_SIZE
+    assert torch.equal(bias, plain)
+    assert all(t.is_contiguous() and not t._is_view() for t in (bias, plain))
+    assert plain.untyped_storage().nbytes() == plain.nbytes
+    bias.mul_(0).sum().backward()
+    assert weight.grad.count_nonzero() == 0
