@@ -53,25 +53,35 @@ step_over_rows(int n_axis, const npy_intp *shape, const npy_intp *step, int n, i
     return own < 0 || shape[own] == 1 ? 0 : step[own];
 }
 
-/* Positions from `start` on, of the tokens; false if they are not doubles' whole
- * numbers, or memory is short. */
+/* Memory for n positions; false with an error if there is none. */
 static bool
+allocate_positions(npy_intp n, row_positions *positions)
+{
+    positions->memory = malloc((size_t)n * sizeof(double) + 1);
+    if (positions->memory == NULL) {
+        PyErr_NoMemory();
+    }
+    return positions->memory != NULL;
+}
+
+/* Positions from `start` on, of the tokens.  1; 0 if they are not doubles' whole
+ * numbers; -1 with an error. */
+static int
 count_positions(PyObject *start, const view *x, bool whole, row_positions *positions)
 {
     int overflow = 0;
     if (!PyLong_CheckExact(start)) {
-        return false;
+        return 0;
     }
     const int64_t first = PyLong_AsLongLongAndOverflow(start, &overflow);
     const npy_intp n = x->shape[x->n_axis - 2];
     if (overflow != 0 || first < -MAX_WHOLE || first > MAX_WHOLE - n) {
-        return false;
+        return 0;
     }
     positions->n_axis = 1;
     positions->shape[0] = n;
-    positions->memory = malloc((size_t)n * sizeof(double) + 1);
-    if (positions->memory == NULL) {
-        return false;
+    if (!allocate_positions(n, positions)) {
+        return -1;
     }
     for (npy_intp i = 0; i < n; i++) {
         if (whole) {
@@ -80,11 +90,12 @@ count_positions(PyObject *start, const view *x, bool whole, row_positions *posit
             ((double *)positions->memory)[i] = (double)(first + i);
         }
     }
-    return true;
+    return 1;
 }
 
-/* Copy positions: whole numbers, of doubles' if doubles are asked for; or doubles. */
-static bool
+/* Copy positions: whole numbers, of doubles' if doubles are asked for; or doubles.  1;
+ * 0 if they are others; -1 with an error. */
+static int
 copy_positions(const view *given, bool whole, row_positions *positions)
 {
     const npy_intp n = size_of(given);
@@ -93,9 +104,8 @@ copy_positions(const view *given, bool whole, row_positions *positions)
     for (int i = 0; i < given->n_axis; i++) {
         positions->shape[i] = given->shape[i];
     }
-    positions->memory = malloc((size_t)n * sizeof(double) + 1);
-    if (positions->memory == NULL) {
-        return false;
+    if (!allocate_positions(n, positions)) {
+        return -1;
     }
     const char *at = given->data;
     for (npy_intp k = 0; k < n; k++) {
@@ -104,7 +114,7 @@ copy_positions(const view *given, bool whole, row_positions *positions)
         } else {
             const int64_t position = *(const int64_t *)at;
             if (position > MAX_WHOLE || position < -MAX_WHOLE) {
-                return false;
+                return 0;
             }
             if (whole) {
                 ((int64_t *)positions->memory)[k] = position;
@@ -121,10 +131,11 @@ copy_positions(const view *given, bool whole, row_positions *positions)
             index[i] = 0;
         }
     }
-    return true;
+    return 1;
 }
 
-static bool
+/* 1; 0 if positions are declined; -1 with an error. */
+static int
 take_positions(PyObject *object, PyObject *start, bool whole, const view *x,
                row_positions *positions)
 {
@@ -132,10 +143,10 @@ take_positions(PyObject *object, PyObject *start, bool whole, const view *x,
         return count_positions(start, x, whole, positions);
     }
     view given;
-    return view_of(object, &given) &&
-           (given.type == INT_64 || (!whole && given.type == REAL_F64)) &&
-           spreads_over_rows(given.n_axis, given.shape, x) &&
-           copy_positions(&given, whole, positions);
+    const bool is_good = view_of(object, &given) &&
+                         (given.type == INT_64 || (!whole && given.type == REAL_F64)) &&
+                         spreads_over_rows(given.n_axis, given.shape, x);
+    return is_good ? copy_positions(&given, whole, positions) : 0;
 }
 
 static bool
@@ -269,8 +280,10 @@ add_sinusoidal(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_
     view inv_freq;
     int status = take_data(args[0], args[6], &given) && view_of(args[1], &inv_freq) &&
                  inv_freq.type == REAL_F64 && inv_freq.n_axis == 1 &&
-                 2 * inv_freq.shape[0] <= last_of(&given.x, given.x.shape) &&
-                 take_positions(args[4], args[5], false, &given.x, &positions);
+                 2 * inv_freq.shape[0] <= last_of(&given.x, given.x.shape);
+    if (status == 1) {
+        status = take_positions(args[4], args[5], false, &given.x, &positions);
+    }
     if (status == 1) {
         sum.table_type = given.x.type == REAL_F64 ? REAL_F64 : REAL_F32;
         sum.inv_freq = inv_freq.data;
@@ -326,9 +339,13 @@ add_learned(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg
     int status =
         take_data(args[0], args[4], &given) && view_of(args[1], &table) &&
         is_table_of(&table, &given) &&
-        take_positions(args[2], args[3], true, &given.x, &positions) &&
-        are_rows(&positions, table.shape[0]) &&
         (args[6] == Py_None || (view_of(args[6], &out) && !may_overlap(&out, &table)));
+    if (status == 1) {
+        status = take_positions(args[2], args[3], true, &given.x, &positions);
+    }
+    if (status == 1) {
+        status = are_rows(&positions, table.shape[0]);
+    }
     if (status == 1) {
         sum.table = table.data;
         sum.table_type = table.type;

@@ -97,6 +97,8 @@ def t5_bucket(
         got = f"dtype {x.dtype}"
         raise TypeError(must(here, "relative_position", rule, got))
     buckets = check_buckets(here, bidirectional, num_buckets, max_distance)
+    if x.dtype == np.uint64:  # those past int64 share the bucket of the last in it
+        x = np.minimum(x, np.uint64(np.iinfo(np.int64).max))
     x = x.astype(np.int64, copy=False)
     if not isinstance(x, np.ndarray):
         if out is not None:

@@ -140,7 +140,10 @@ def true_or_false(function, parameter, value):
 
 
 def out_array(function, out, shape, dtype, parameter="out", tensor=False):
-    """Return `out`, or a tensor's memory; raise unless a result can go there."""
+    """Return a plain array in the memory of `out`; raise unless a result can go there.
+
+    `out` may be of a subclass, such as `numpy.memmap`, or a tensor.
+    """
     kind = type(out).__name__
     if tensor:
         if not tensors.is_tensor(out):
@@ -160,7 +163,7 @@ def out_array(function, out, shape, dtype, parameter="out", tensor=False):
     if _may_hold_an_element_twice(out):
         rule, got = "not overlap itself", f"strides {out.strides}"
         raise ValueError(must(function, parameter, rule, got))
-    return out
+    return np.asarray(out)
 
 
 def _may_hold_an_element_twice(array):

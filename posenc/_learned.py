@@ -129,7 +129,10 @@ def add_learned(
     mask = padding(here, padding_mask, lead)
     positions = _rows(here, lead, rows, positions, offset, cu_seqlens, mask)
     if not isinstance(array, np.ndarray):
-        return add_lazily(here, array, (rows[positions],), mask, scale, out)
+        chosen = rows[positions]
+        return add_lazily(
+            here, array, rows.dtype, lambda t: (chosen.astype(t),), mask, scale, out
+        )
     with np.errstate(all="ignore"):
         total = Sum(here, x, array, rows.dtype, out)
         kept, rows = rows, np.require(rows, total.table_dtype, "A")

@@ -353,8 +353,16 @@ def add_sinusoidal(
     if not isinstance(array, np.ndarray):
         # In chunks as those of the data.
         positions = np.zeros_like(array[..., 0], dtype=np.float64) + positions
-        rows = positions, table.inv_freq
-        return add_lazily(here, array, rows, mask, scale, out, LAYOUTS[layout])
+        return add_lazily(
+            here,
+            array,
+            np.float32,
+            lambda _: (positions, table.inv_freq),
+            mask,
+            scale,
+            out,
+            LAYOUTS[layout],
+        )
     with np.errstate(all="ignore"):
         total = Sum(here, x, array, np.float32, out)
         positions = np.require(positions, np.float64, "A")
@@ -374,7 +382,7 @@ def _grid_axes(function, shape):
         if as_array(function, name, axis).ndim == 0:
             positions = np.arange(float(whole_number(function, name, axis, 0)))
         else:
-            positions = real_array(function, name, axis)
+            positions = np.array(real_array(function, name, axis))  # not in `out`
         if positions.ndim != 1:
             got = f"shape {positions.shape}"
             raise ValueError(must(function, name, "have one axis", got))

@@ -120,19 +120,26 @@ class Sum:
             np.may_share_memory(part, result) for part in parts
         ):
             target = np.empty(result.shape, result.dtype)
-        door(x, *table, positions, 0, mask, scale, target)
+        done = door(x, *table, positions, 0, mask, scale, target)
+        assert done is not NotImplemented, "checked operands are such as the door takes"
         if target is not result:
             result[...] = target
         tensors.mark_changed(self.out)
         return self.answer
 
 
-def add_lazily(function, x, rows, mask, scale, out, add=np.add):
-    """Return the sum for arrays of another library, by its own functions."""
+def add_lazily(function, x, table_dtype, rows, mask, scale, out, add=np.add):
+    """Return the sum for arrays of another library, by its own functions.
+
+    Numbers of 16 bits are added in float32 and rounded once, as the kernels do.
+    """
     _no_out(function, (x,), out)
+    dtype, _ = _dtypes(x.dtype, np.dtype(table_dtype))
+    wide = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+    x = x.astype(wide)
     if scale != 1:
-        x = x * x.dtype.type(scale)
-    result = add(x, *rows)
+        x = x * wide.type(scale)
+    result = add(x, *rows(wide)).astype(dtype)
     if mask is not None:
         result = np.where(mask[..., None], result.dtype.type(0), result)
     return result

@@ -198,9 +198,8 @@ def plot_wavelengths(inv_freqs, length, *, axes=None):
         tokens = _draw_wavelengths(axes, inv_freq, length, look(index))
         turns = f"{complete_turns(inv_freq, length)} of {inv_freq.size} turn"
         ends.append((f"{label}: {turns}", _last(tokens), color, dashes))
-    title = f"Wavelengths against the trained length, {length:g} tokens"
-    hollow = "hollow: no full turn in the trained length"
-    set_frame(axes, title, f"channel pair ({hollow})", "wavelength (tokens per turn)")
+    title = f"Wavelengths (hollow: no full turn in {length:g} trained tokens)"
+    set_frame(axes, title, "channel pair", "wavelength (tokens per turn)")
     label_ends(axes, ends)
     return axes
 

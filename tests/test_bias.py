@@ -109,6 +109,18 @@ def test_buckets_of_the_ends_of_the_integers():
     assert posenc.t5_bucket(-5) == 5
 
 
+def test_buckets_of_unsigned_integers_past_the_signed():
+    far = np.array([2**63 + 5, 2**64 - 1], np.uint64)
+    assert posenc.t5_bucket(far).tolist() == [31, 31]
+
+
+@pytest.mark.parametrize("exact", [2**40 + 1, 2**52 + 2**28])
+def test_buckets_stay_in_their_range_where_the_logarithm_rounds_to_nothing(exact):
+    options = {"num_buckets": 4 * exact, "max_distance": exact + 2}
+    got = posenc.t5_bucket([-exact, -exact - 1, exact + 1], **options)
+    assert ((exact <= got) & (got < 4 * exact)).all()
+
+
 def test_buckets_go_where_they_are_asked_to():
     x = np.arange(-9, 9)
     want = posenc.t5_bucket(x)

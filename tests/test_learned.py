@@ -236,14 +236,20 @@ def test_the_number_of_threads_changes_nothing():
         reference.same_bits(result, results[0])
 
 
-def test_dask_arrays_stay_lazy():
+@pytest.mark.parametrize("scale", [1.0, 2.7])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, bfloat16, np.float32, np.float64, np.int32, np.uint8]
+)
+def test_dask_arrays_stay_lazy(dtype, scale):
     da = pytest.importorskip("dask.array")
-    x, table = normal(4, 30, 8), normal(30, 8, seed=1)
+    x = (10 * normal(4, 30, 8)).astype(dtype)
+    table = normal(30, 8, seed=1)
     lazy = da.from_array(x, chunks=(2, 7, 8))
     mask = np.random.default_rng(5).random((4, 30)) < 0.5
-    got = posenc.add_learned(lazy, table, scale=2.0, padding_mask=mask)
+    got = posenc.add_learned(lazy, table, scale=scale, padding_mask=mask)
     assert isinstance(got, da.Array)
-    want = posenc.add_learned(x, table, scale=2.0, padding_mask=mask)
+    want = posenc.add_learned(x, table, scale=scale, padding_mask=mask)
+    assert got.dtype == want.dtype
     reference.same_bits(got.compute(), want)
 
 

@@ -61,6 +61,13 @@ GOOD = (
     "ufunc.rope_complex(short, cis)",
     "ufunc.cos_sin(wide, inv_freq, dtype=np.float32)",
     "ufunc.rope_decay(wide, inv_freq)",
+    "add_sinusoidal(x, padding_mask=np.zeros(5, bool))",
+    "add_sinusoidal(x, positions=positions, out=out)",
+    "add_learned(x, x[0, 0], offset=0)",
+    "add_learned(short[..., :5], w, positions=positions)",
+    "sinusoidal(wide, 7)",
+    "t5_bias(weight, range(5), positions)",
+    "alibi_bias(slopes, range(4), range(5))",
     "rope_decay(wide, inv_freq, dtype=np.float32)",
     "build_info()",
 )

@@ -573,12 +573,25 @@ def test_tensors_come_back():
     assert out._version > version
 
 
-def test_dask_arrays_stay_lazy():
+def test_positions_of_a_grid_may_lie_in_its_memory():
+    table = np.arange(24.0).reshape(2, 3, 4)
+    axes = table[:, 0, 0], table[1, :, 1]
+    want = posenc.sinusoidal_grid(tuple(axis.copy() for axis in axes), 4, dtype="f8")
+    posenc.sinusoidal_grid(axes, 4, dtype="f8", out=table)
+    reference.same_bits(table, want)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.7])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, bfloat16, np.float32, np.float64, np.int32, np.uint8]
+)
+def test_dask_arrays_stay_lazy(dtype, scale):
     da = pytest.importorskip("dask.array")
-    x = normal(4, 30, 8)
+    x = (10 * normal(4, 30, 8)).astype(dtype)
     lazy = da.from_array(x, chunks=(2, 7, 8))
     mask = np.random.default_rng(5).random((4, 30)) < 0.5
-    got = posenc.add_sinusoidal(lazy, scale=2.0, padding_mask=mask)
+    got = posenc.add_sinusoidal(lazy, scale=scale, padding_mask=mask)
     assert isinstance(got, da.Array)
-    want = posenc.add_sinusoidal(x, scale=2.0, padding_mask=mask)
+    want = posenc.add_sinusoidal(x, scale=scale, padding_mask=mask)
+    assert got.dtype == want.dtype
     reference.same_bits(got.compute(), want)
