@@ -542,15 +542,15 @@ typedef struct {
     .bfloat16_types = {{NPY_BFLOAT16, NPY_FLOAT, NPY_BFLOAT16},                    \
                        {NPY_BFLOAT16, NPY_BFLOAT16, NPY_BFLOAT16}}
 
-#define SINUSOIDAL_DOC(order, example)                                             \
-    "Add the sines and cosines of position * inv_freq to x, " order ".\n\n"        \
-    "x (n), position (), inv_freq (m) -> (n), with 2 * m <= n; channels past\n"    \
-    "2 * m stay as they are. float16, bfloat16, float32 or float64 x; positions\n" \
-    "and frequencies count as float64 and as exact.\n\n"                           \
-    "See posenc.add_sinusoidal. Vaswani et al., 2017, section 3.5,\n"              \
-    "https://arxiv.org/abs/1706.03762\n\n"                                         \
-    "Examples\n--------\n"                                                         \
-    ">>> import numpy as np\n"                                                     \
+#define SINUSOIDAL_DOC(order, example)                                            \
+    "Add the sines and cosines of position * inv_freq to x, " order ".\n\n"       \
+    "x (n), position (), inv_freq (m) -> (n), with 2 * m <= n; channels past\n"   \
+    "2 * m have zero added. float16, bfloat16, float32 or float64 x; positions\n" \
+    "and frequencies count as float64 and as exact.\n\n"                          \
+    "See posenc.add_sinusoidal. Vaswani et al., 2017, section 3.5,\n"             \
+    "https://arxiv.org/abs/1706.03762\n\n"                                        \
+    "Examples\n--------\n"                                                        \
+    ">>> import numpy as np\n"                                                    \
     ">>> from posenc import ufunc\n" example
 
 /* Half first: positions are often integers, and then the first loop wins that all

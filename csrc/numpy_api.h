@@ -15,10 +15,6 @@
 #ifndef POSENC_IMPORTS_NUMPY
 #define NO_IMPORT_ARRAY
 #define NO_IMPORT_UFUNC
-/* Sinusoidal tables, and rows of tables added to arrays (table_rows_arrays.c). */
-extern PyMethodDef sinusoidal_methods[];
-extern PyMethodDef table_rows_methods[];
-
 #endif
 #include <numpy/arrayobject.h>
 #include <numpy/ufuncobject.h>

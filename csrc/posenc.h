@@ -281,7 +281,7 @@ enum {
 typedef struct {
     size_t n_row, n_channel;
     double scale;   /* rounded to what is computed in: float for 16 bits          */
-    int table_type; /* of table: the type of x, or REAL_F32                       */
+    int table_type; /* of table: the type of x; for 16 bits also REAL_F32         */
     bool stream;    /* as for rotations                                           */
     ptrdiff_t x_row, table_row, mask_row, out_row;   /* row to row                */
     ptrdiff_t x_channel, table_channel, out_channel; /* within a row              */

@@ -321,7 +321,7 @@ ndarray_of(const view *v)
     static const int numbers[] = {
         [REAL_F32] = NPY_FLOAT,     [REAL_F64] = NPY_DOUBLE,     [REAL_F16] = NPY_HALF,
         [COMPLEX_F32] = NPY_CFLOAT, [COMPLEX_F64] = NPY_CDOUBLE, [INT_32] = NPY_INT32,
-        [INT_64] = NPY_INT64,
+        [INT_64] = NPY_INT64,       [BOOL_8] = NPY_BOOL,
     };
     int number = v->type == REAL_BF16 ? bfloat16 : numbers[v->type];
     return PyArray_New(&PyArray_Type, v->n_axis, v->shape, number, v->step, v->data, 0,

@@ -154,7 +154,7 @@ def t5_bias(
     ndarray or torch.Tensor, shape (..., H, T, S)
         The bias, in the dtype of `weight`, to be added to logits before softmax; or
         the logits with it, in their dtype, summed in float32 at least and rounded once;
-        `out` or `add_to` if one was given.
+        `out` or `add_to` if one was given. A tensor if an argument is one.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def t5_bias(
     def evaluate(offsets):
         return columns.take(_core.t5_bucket(offsets, *buckets), axis=1)
 
-    n_head, is_tensor = table.shape[1], are_tensors(weight)
+    n_head, is_tensor = table.shape[1], are_tensors(weight, q_positions, k_positions)
     bias = Bias(here, n_head, table.dtype, is_tensor, evaluate)
     return spread(bias, q, k, add_to, out)
 
@@ -289,7 +289,7 @@ def alibi_bias(
     ndarray or torch.Tensor, shape (..., H, T, S)
         ``slope * (key - query)``, or ``-slope * abs(key - query)`` if symmetric: a
         float64 product, rounded to the dtype of `slopes`; or the logits with it, in
-        their dtype; `out` or `add_to` if one was given.
+        their dtype; `out` or `add_to` if one was given. A tensor if an argument is one.
 
     Raises
     ------
@@ -334,7 +334,8 @@ def alibi_bias(
     def evaluate(offsets):
         return wide * (-np.abs(offsets) if symmetric else offsets) + 0.0
 
-    bias = Bias(here, len(own), own.dtype, are_tensors(slopes), evaluate)
+    is_tensor = are_tensors(slopes, q_positions, k_positions)
+    bias = Bias(here, len(own), own.dtype, is_tensor, evaluate)
     return spread(bias, q, k, add_to, out)
 
 
@@ -362,7 +363,8 @@ def kerple_bias(
     -------
     ndarray or torch.Tensor, shape (..., H, T, S)
         The bias, computed in float64 and rounded to the common dtype of r1 and r2; or
-        the logits with it, in their dtype; `out` or `add_to` if one was given.
+        the logits with it, in their dtype; `out` or `add_to` if one was given. A tensor
+        if an argument is one.
 
     Raises
     ------
@@ -408,7 +410,8 @@ def kerple_bias(
         return 0.0 - a * (np.log1p(b * distance) if kernel == "log" else distance**b)
 
     dtype = _widest(first.dtype, second.dtype)
-    bias = Bias(here, len(first), dtype, are_tensors(r1, r2), evaluate)
+    is_tensor = are_tensors(r1, r2, q_positions, k_positions)
+    bias = Bias(here, len(first), dtype, is_tensor, evaluate)
     return spread(bias, q, k, add_to, out)
 
 
@@ -453,7 +456,8 @@ def fire_bias(
     -------
     ndarray or torch.Tensor, shape (..., H, T, S)
         The bias, computed in float64 and rounded to the common dtype of `mlp`; or the
-        logits with it, in their dtype; `out` or `add_to` if one was given.
+        logits with it, in their dtype; `out` or `add_to` if one was given. A tensor
+        if an argument is one.
 
     Raises
     ------
@@ -507,7 +511,8 @@ def fire_bias(
 
     flat = [part for pair in mlp for part in pair]
     n_head, width = len(layers[-1][1]), max(len(part) for _, part in layers)
-    bias = Bias(here, n_head, dtype, are_tensors(*flat), evaluate, width, threshold)
+    is_tensor = are_tensors(*flat, q_positions, k_positions)
+    bias = Bias(here, n_head, dtype, is_tensor, evaluate, width, threshold)
     return spread(bias, q, k, add_to, out)
 
 
@@ -546,7 +551,7 @@ def sandwich_bias(
     -------
     ndarray or torch.Tensor, shape (..., H, T, S)
         The bias, computed in float64; or the logits with it, in their dtype; `out` or
-        `add_to` if one was given. A tensor if a position array is one.
+        `add_to` if one was given. A tensor if an argument is one.
 
     Raises
     ------
@@ -596,7 +601,7 @@ def sandwich_bias(
         return _core.rope_decay(offsets, inv_freq) / (2 * compression)
 
     is_tensor = are_tensors(q_positions, k_positions)
-    bias = Bias(here, n_head, dtype, is_tensor, evaluate, dim)
+    bias = Bias(here, n_head, dtype, is_tensor, evaluate)
     return spread(bias, q, k, add_to, out)
 
 

@@ -64,8 +64,9 @@ def _is_report(content):
     try:
         math.log2(content["trained_length"]), f"{content['unit']}"
         for run in content["runs"]:
-            parts = [(p["start"] * p["stop"], p["value"] / 1) for p in run["curve"]]
-            if run["method"] not in METHODS or run["length"] < 2 or not parts:
+            parts = [(p["start"], p["stop"] * p["value"]) for p in run["curve"]]
+            is_drawn = len(parts) > 0 and min(start for start, _ in parts) > 0
+            if run["method"] not in METHODS or run["length"] < 2 or not is_drawn:
                 return False
         return len(content["runs"]) > 0
     except (KeyError, TypeError, ValueError):

@@ -131,6 +131,8 @@ def plot_decay(inv_freqs, distance=None, *, axes=None):
     if distance is None:
         distance = np.arange(DISTANCES + 1.0)
     distance = values_of(here, "distance", distance, 1)
+    if not (np.diff(distance) > 0).all():
+        raise ValueError(must(here, "distance", "be ascending", distance))
     axes = axes_or_new(here, axes, CURVES)
     ends = []
     for index, (label, inv_freq) in enumerate(inv_freqs.items()):
@@ -198,7 +200,7 @@ def plot_wavelengths(inv_freqs, length, *, axes=None):
         tokens = _draw_wavelengths(axes, inv_freq, length, look(index))
         turns = f"{complete_turns(inv_freq, length)} of {inv_freq.size} turn"
         ends.append((f"{label}: {turns}", _last(tokens), color, dashes))
-    title = f"Wavelengths (hollow: no full turn in {length:g} trained tokens)"
+    title = f"Wavelengths\nhollow: no full turn in {length:g} trained tokens"
     set_frame(axes, title, "channel pair", "wavelength (tokens per turn)")
     label_ends(axes, ends)
     return axes

@@ -125,6 +125,7 @@ def test_notebook_explains_checks_and_shows(path):
     assert re.match(r"# \w", first.source)
     # A title, and a paragraph on what the reader will learn.
     assert len(first.source.split("\n\n")) == 2
+    assert all(cell.source.strip() for cell in stored.cells)
     assert any("assert " in cell.source for cell in code_cells(stored))
     assert any(pictures(stored))
     assert path.stat().st_size <= MAX_BYTES

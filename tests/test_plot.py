@@ -422,6 +422,10 @@ REFUSED = [
         "shape ()",
     ),
     (
+        lambda: plot.plot_decay(BASES, [5, 1, 3]),
+        "ValueError: plot_decay: distance must be ascending; got [5. 1. 3.]",
+    ),
+    (
         lambda: plot.plot_wavelengths(BASES["a"], 5),
         "TypeError: plot_wavelengths: inv_freqs must be a dict of labels and "
         "frequencies; got ndarray",

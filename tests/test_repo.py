@@ -54,6 +54,14 @@ def test_every_public_name_is_documented_tested_measured_and_shown(name):
     assert word.search((ROOT / "README.md").read_text()), "not in README.md"
 
 
+@pytest.mark.parametrize("module", ["torch", "plot", "ufunc"])
+def test_public_names_of_a_module_are_shown(module):
+    names = pytest.importorskip(f"posenc.{module}").__all__
+    text = (ROOT / "README.md").read_text()
+    shown = set(re.findall(r"`(?:posenc\.torch\.|posenc\.plot\.)?(\w+)[`(]", text))
+    assert set(names) - shown == set()
+
+
 def test_public_names_exist_once():
     assert len(set(posenc.__all__)) == len(posenc.__all__)
     assert all(hasattr(posenc, name) for name in posenc.__all__)
