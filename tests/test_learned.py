@@ -243,10 +243,13 @@ def test_the_number_of_threads_changes_nothing():
 @pytest.mark.parametrize(
     "dtype", [np.float16, bfloat16, np.float32, np.float64, np.int32, np.uint8]
 )
-def test_dask_arrays_stay_lazy(dtype, scale):
+@pytest.mark.parametrize(
+    "other", [np.float16, bfloat16, np.float32, np.float64, np.int32]
+)
+def test_dask_arrays_stay_lazy(dtype, other, scale):
     da = pytest.importorskip("dask.array")
     x = (10 * normal(4, 30, 8)).astype(dtype)
-    table = normal(30, 8, seed=1)
+    table = (10 * normal(30, 8, seed=1)).astype(other)
     lazy = da.from_array(x, chunks=(2, 7, 8))
     mask = np.random.default_rng(5).random((4, 30)) < 0.5
     got = posenc.add_learned(lazy, table, scale=scale, padding_mask=mask)
