@@ -229,12 +229,13 @@ def test_rows_by_turns_with_what_rounds_in_its_own_way(dtype, batch):
 
 def test_the_number_of_threads_changes_nothing():
     x, table = normal(2, 700, 300), normal(700, 300, seed=1)
-    before = posenc.get_num_threads()
     results = []
-    for n_thread in (1, 2, 5):
-        posenc.set_num_threads(n_thread)
-        results.append(posenc.add_learned(x, table, scale=2.0))
-    posenc.set_num_threads(before)
+    try:
+        for n_thread in (1, 2, 5):
+            posenc.set_num_threads(n_thread)
+            results.append(posenc.add_learned(x, table, scale=2.0))
+    finally:
+        posenc.set_num_threads(None)
     for result in results:
         reference.same_bits(result, results[0])
 
