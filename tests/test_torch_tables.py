@@ -252,6 +252,22 @@ def test_out_without_gradients_only():
             lambda: pt.LearnedEmbedding.from_table(torch.ones(3)),
             "table must be of shape .P, dim.; got shape .3,.",
         ),
+        (
+            lambda: pt.LearnedEmbedding(4, 4, dtype=torch.int64),
+            "LearnedEmbedding: dtype must be float16, bfloat16, .*64; got int64",
+        ),
+        (
+            lambda: pt.LearnedEmbedding.from_table(torch.ones(3, 4).long()),
+            "LearnedEmbedding: table must be float16, .*64; got dtype int64",
+        ),
+        (
+            lambda: pt.LearnedEmbedding.from_table(torch.ones(3, 4).cfloat()),
+            "LearnedEmbedding: table must be float16, .*64; got dtype complex64",
+        ),
+        (
+            lambda: pt.LearnedEmbedding.from_table(torch.ones(3, 4), freeze="no"),
+            "LearnedEmbedding: freeze must be True or False; got 'no'",
+        ),
     ],
 )
 def test_errors(call, text):
