@@ -854,7 +854,8 @@ class ALiBi(torch.nn.Module):
     Linear biases, with the slopes of their heads.
 
     The slopes are float64 and no buffer: no change of the module's dtype rounds them,
-    and a state dict does not hold them.
+    and a state dict does not hold them. Nor does the dtype of the bias follow the
+    module's: it is that of the logits, or what the call asks for, float32 by default.
 
     Parameters
     ----------

@@ -622,7 +622,7 @@ class LearnedEmbedding(torch.nn.Module):
         Returns
         -------
         LearnedEmbedding
-            The module; this one stays as it is.
+            A copy of this module, of its class and mode, but for the table.
 
         Raises
         ------
@@ -632,8 +632,8 @@ class LearnedEmbedding(torch.nn.Module):
         table = _learned.extend_table(
             self.weight.detach(), length, method=method, alpha=alpha
         )
-        freeze = not self.weight.requires_grad
-        return self.from_table(table, scale=self.scale, freeze=freeze)
+        weight = torch.nn.Parameter(table, requires_grad=self.weight.requires_grad)
+        return copy.deepcopy(self, {id(self.weight): weight})
 
     def forward(
         self, x, *, positions=None, offset=None, cu_seqlens=None, padding_mask=None

@@ -307,6 +307,31 @@ def test_a_learned_module_trains_extends_and_copies():
     assert not frozen.weight.requires_grad
     assert not frozen.extended(9).weight.requires_grad
     assert "8, 4, scale=2.0" in repr(module)
+    assert pt.LearnedEmbedding(8, 4, dtype="float16").weight.dtype == torch.float16
+
+
+def test_an_extended_module_is_a_copy_with_another_table():
+    class Scaled(pt.LearnedEmbedding):
+        def __init__(self, table):
+            super().__init__(*table.shape, scale=3.0)
+            self.gain = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, **places):
+            return self.gain * super().forward(x, **places)
+
+    module = Scaled(torch.ones(8, 4)).eval()
+    x = data(2, 8, 4, dtype=torch.float32)
+    module(x).sum().backward()
+    longer = module.extended(20)
+    assert type(longer) is Scaled
+    assert not longer.training
+    assert longer.train().extended(30).training
+    assert torch.equal(longer(x), module(x))
+    assert longer.weight.grad is None
+    assert longer.gain is not module.gain
+    assert module.weight.shape == (8, 4)
+    want = posenc.extend_table(module.weight.detach(), 20)
+    assert torch.equal(longer.weight, want)
 
 
 def test_a_sinusoidal_module_has_no_state():
