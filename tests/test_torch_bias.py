@@ -577,6 +577,31 @@ def test_numbers_of_numpy_are_taken():
     reference.same_bits(got.numpy(), want)
 
 
+@pytest.mark.parametrize(
+    ("shape", "n_made"), [((1 << 20,), 1), ((2, 1 << 19), 1), ((1 << 19,), 0)]
+)
+def test_only_large_results_lie_in_memory_of_numpy(shape, n_made, monkeypatch):
+    """In the very array that NumPy has made: it asks for huge pages, torch does not."""
+    made, numpy_empty = [], np.empty
+
+    def empty(*arguments):
+        made.append(numpy_empty(*arguments))
+        return made[-1]
+
+    like = torch.zeros(shape)
+    monkeypatch.setattr(np, "empty", empty)
+    results = [
+        _tensors.empty(shape, np.dtype(np.float32)),
+        _tensors.empty_like(like, np.dtype(np.float32)),
+    ]
+    monkeypatch.undo()
+    assert len(made) == 2 * n_made
+    for memory, result in zip(made, results, strict=False):
+        assert result.data_ptr() == memory.ctypes.data
+        assert result.nbytes == memory.nbytes
+    assert all(result.shape == shape for result in results)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_large_results_are_tensors_like_others(dtype):
     """They lie in memory of NumPy: of their own, not views, free to be written."""
