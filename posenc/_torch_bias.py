@@ -27,6 +27,7 @@ from ._rope_check import REAL_RULE
 from ._torch_check import as_tensor, check_tensor, refuse_out
 from ._torch_cope_ops import _register
 from ._torch_ops import _bare, _is_compiling, register, transformed, undisturbed
+from ._torch_tables import float_dtype
 
 # --- operators -----------------------------------------------------------------------
 
@@ -751,7 +752,7 @@ class T5Bias(torch.nn.Module):
     bidirectional : bool, default True
         Whether keys after the query have buckets of their own: True for encoders.
     device, dtype : optional
-        Of the parameter.
+        Of the parameter: float16, bfloat16, float32 or float64, of torch or NumPy.
 
     Attributes
     ----------
@@ -761,7 +762,8 @@ class T5Bias(torch.nn.Module):
     Raises
     ------
     TypeError, ValueError
-        As `posenc.t5_bucket` does, or if `n_head` is no whole number of at least 1.
+        As `posenc.t5_bucket` does, or if `n_head` is no whole number of at least 1 or
+        `dtype` none of these.
 
     See Also
     --------
@@ -798,6 +800,7 @@ class T5Bias(torch.nn.Module):
         num_buckets, self.max_distance, self.bidirectional = check_buckets(
             here, bidirectional, num_buckets, max_distance
         )
+        dtype = None if dtype is None else float_dtype(here, dtype)
         weight = torch.empty(num_buckets, n_head, device=device, dtype=dtype)
         self.weight = torch.nn.Parameter(weight)
         self.reset_parameters()
@@ -851,7 +854,8 @@ class ALiBi(torch.nn.Module):
     Linear biases, with the slopes of their heads.
 
     The slopes are float64 and no buffer: no change of the module's dtype rounds them,
-    and a state dict does not hold them.
+    and a state dict does not hold them. Nor does the dtype of the bias follow the
+    module's: it is that of the logits, or what the call asks for, float32 by default.
 
     Parameters
     ----------
@@ -908,8 +912,9 @@ class ALiBi(torch.nn.Module):
             The number of keys S, as many as queries by default; more with a cache.
         add_to : torch.Tensor, shape (..., H, T, S), optional
             Logits to add the bias to, in place.
-        dtype : torch.dtype, default torch.float32
-            Of the result, without logits.
+        dtype : dtype, default torch.float32
+            Of the result, without logits: float16, bfloat16, float32 or float64, of
+            torch or NumPy.
 
         Returns
         -------
@@ -919,9 +924,10 @@ class ALiBi(torch.nn.Module):
         Raises
         ------
         TypeError, ValueError
-            If a number is no whole one or `add_to` does not fit.
+            If a number is no whole one, `dtype` none of these or `add_to` does not fit.
         """
         places = _places("ALiBi", n_query, n_key)
+        dtype = float_dtype("ALiBi", dtype)
         if add_to is None:
             grid = _grid("ALiBi", *places)
             return _linear(self.slopes, grid, self.symmetric, dtype)

@@ -5,12 +5,15 @@ The operators are what `torch.compile` keeps in its graphs; they stand below aut
 
 # SPDX-License-Identifier: BSD-3-Clause
 
+import copy
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from . import _learned, _sinusoidal
-from ._check import must, one_of, real_number, whole_number
+from ._check import must, one_of, real_number, true_or_false, whole_number
+from ._rope_check import REAL_RULE
 from ._torch_check import as_tensor, check_tensor, refuse_out
 from ._torch_cope_ops import _bares, _need_gradients, _plain, _register
 from ._torch_ops import Rows, _nothing, fresh, register, transformed
@@ -196,6 +199,26 @@ def _places(function, positions, offset, cu_seqlens, padding_mask):
             raise ValueError(must(function, "positions", rule, "both"))
     given = Places(positions, offset, cu_seqlens, padding_mask)._asdict().items()
     return Places(*(None if v is None else as_tensor(function, n, v) for n, v in given))
+
+
+_FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def float_dtype(function, dtype):
+    """Return a dtype of NumPy or torch as torch's; raise unless it is one of ours."""
+    if isinstance(dtype, torch.dtype):
+        if dtype in _FLOATS:
+            return dtype
+        got = str(dtype).removeprefix("torch.")
+        raise TypeError(must(function, "dtype", REAL_RULE, got))
+    try:
+        got = repr(dtype) if dtype is None else np.dtype(dtype).name
+    except TypeError:
+        got = repr(dtype)
+    for own in _FLOATS:
+        if str(own) == f"torch.{got}":
+            return own
+    raise TypeError(must(function, "dtype", REAL_RULE, got))
 
 
 def _check_data(function, x):
@@ -499,8 +522,8 @@ class LearnedEmbedding(torch.nn.Module):
         Multiplies the embeddings, such as ``dim ** 0.5``.
     device : torch.device or str, optional
         Where the table is made.
-    dtype : torch.dtype, optional
-        Dtype of the table.
+    dtype : dtype, optional
+        Dtype of the table, of torch or NumPy: float16, bfloat16, float32 or float64.
 
     Attributes
     ----------
@@ -538,6 +561,7 @@ class LearnedEmbedding(torch.nn.Module):
         n_position = whole_number(here, "n_position", n_position, 1)
         dim = whole_number(here, "dim", dim, 1)
         self.scale = real_number(here, "scale", scale)
+        dtype = None if dtype is None else float_dtype(here, dtype)
         table = torch.empty(n_position, dim, device=device, dtype=dtype)
         self.weight = torch.nn.Parameter(table)
         self.reset_parameters()
@@ -568,12 +592,18 @@ class LearnedEmbedding(torch.nn.Module):
         Raises
         ------
         TypeError, ValueError
-            If `table` is no tensor of that shape.
+            If `table` is no tensor of that shape that holds floating-point numbers, or
+            `freeze` no bool.
         """
-        check_tensor("LearnedEmbedding", "table", table)
+        here = "LearnedEmbedding"
+        check_tensor(here, "table", table)
+        if table.dtype not in _FLOATS:
+            got = f"dtype {str(table.dtype).removeprefix('torch.')}"
+            raise TypeError(must(here, "table", REAL_RULE, got))
         if table.ndim != 2:
             rule, got = "be of shape (P, dim)", f"shape {tuple(table.shape)}"
-            raise ValueError(must("LearnedEmbedding", "table", rule, got))
+            raise ValueError(must(here, "table", rule, got))
+        true_or_false(here, "freeze", freeze)
         made = cls(*table.shape, scale=scale, device="meta")
         made.weight = torch.nn.Parameter(table.detach(), requires_grad=not freeze)
         return made
@@ -592,7 +622,7 @@ class LearnedEmbedding(torch.nn.Module):
         Returns
         -------
         LearnedEmbedding
-            The module; this one stays as it is.
+            A copy of this module, of its class and mode, but for the table.
 
         Raises
         ------
@@ -602,8 +632,8 @@ class LearnedEmbedding(torch.nn.Module):
         table = _learned.extend_table(
             self.weight.detach(), length, method=method, alpha=alpha
         )
-        freeze = not self.weight.requires_grad
-        return self.from_table(table, scale=self.scale, freeze=freeze)
+        weight = torch.nn.Parameter(table, requires_grad=self.weight.requires_grad)
+        return copy.deepcopy(self, {id(self.weight): weight})
 
     def forward(
         self, x, *, positions=None, offset=None, cu_seqlens=None, padding_mask=None

@@ -1,6 +1,9 @@
-"""Fixed seeds for Hypothesis, what tests measured, and fixtures for torch."""
+"""Fixed seeds for Hypothesis, no windows, what tests measured, fixtures for torch."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +17,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("posenc")
+
+# MPLBACKEND would reach the kernels of notebooks, which have a backend of their own.
+os.environ.setdefault("MATPLOTLIBRC", str(Path(__file__).with_name("matplotlibrc.txt")))
 
 LINES = pytest.StashKey[list]()
 

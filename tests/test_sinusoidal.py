@@ -541,12 +541,13 @@ def test_both_doors_give_the_same_bits():
 
 def test_the_number_of_threads_changes_nothing():
     x = normal(2, 700, 300)
-    before = posenc.get_num_threads()
     results = []
-    for n_thread in (1, 2, 5):
-        posenc.set_num_threads(n_thread)
-        results.append(posenc.add_sinusoidal(x, scale=2.0))
-    posenc.set_num_threads(before)
+    try:
+        for n_thread in (1, 2, 5):
+            posenc.set_num_threads(n_thread)
+            results.append(posenc.add_sinusoidal(x, scale=2.0))
+    finally:
+        posenc.set_num_threads(None)
     for result in results[1:]:
         reference.same_bits(result, results[0])
 

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import reference  # noqa: E402
+from ml_dtypes import bfloat16  # noqa: E402
 from test_bias import MLP  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch_tools import Graphs  # noqa: E402
@@ -354,6 +355,10 @@ def test_module_state():
     reference.same_bits(alibi.slopes.numpy(), posenc.alibi_slopes(4))
     assert alibi(3).dtype == torch.float32
     assert alibi(3, dtype=torch.float16).dtype == torch.float16
+    for dtype in (np.float64, "float64", np.dtype("f8"), torch.float64):
+        assert alibi(3, dtype=dtype).dtype == torch.float64
+        assert T5Bias(4, dtype=dtype).weight.dtype == torch.float64
+    assert alibi(3, dtype=bfloat16).dtype == torch.bfloat16
     symmetric = ALiBi(4, symmetric=True)(5, dtype=torch.float64)
     want = posenc.alibi_bias(posenc.alibi_slopes(4), range(5), range(5), symmetric=True)
     reference.same_bits(symmetric.numpy(), want)
@@ -537,6 +542,24 @@ ERRORS = [
     (lambda: T5Bias(4)(3, 2), ValueError, "n_key must be a whole number of at least 3"),
     (lambda: ALiBi(4)(2.0), TypeError, "n_query must be a whole number"),
     (lambda: ALiBi(4, symmetric=1), TypeError, "symmetric must be True or False"),
+    (
+        lambda: ALiBi(4)(3, dtype=torch.int32),
+        TypeError,
+        "ALiBi: dtype must be float16, bfloat16, float32 or float64; got int32",
+    ),
+    (lambda: ALiBi(4)(3, dtype="c8"), TypeError, "float64; got complex64"),
+    (lambda: ALiBi(4)(3, dtype="wide"), TypeError, "float64; got 'wide'"),
+    (lambda: ALiBi(4)(3, dtype=None), TypeError, "float64; got None"),
+    (
+        lambda: ALiBi(4)(3, dtype=int, add_to=torch.zeros(4, 3, 3)),
+        TypeError,
+        "ALiBi: dtype must be float16, bfloat16, float32 or float64; got int64",
+    ),
+    (
+        lambda: T5Bias(4, dtype=torch.complex64),
+        TypeError,
+        "T5Bias: dtype must be float16, bfloat16, float32 or float64; got complex64",
+    ),
 ]
 
 
@@ -552,6 +575,31 @@ def test_numbers_of_numpy_are_taken():
     got = alibi_bias(slopes, np.arange(3), range(5))
     want = posenc.alibi_bias(slopes, range(3), range(5))
     reference.same_bits(got.numpy(), want)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_made"), [((1 << 20,), 1), ((2, 1 << 19), 1), ((1 << 19,), 0)]
+)
+def test_only_large_results_lie_in_memory_of_numpy(shape, n_made, monkeypatch):
+    """In the very array that NumPy has made: it asks for huge pages, torch does not."""
+    made, numpy_empty = [], np.empty
+
+    def empty(*arguments):
+        made.append(numpy_empty(*arguments))
+        return made[-1]
+
+    like = torch.zeros(shape)
+    monkeypatch.setattr(np, "empty", empty)
+    results = [
+        _tensors.empty(shape, np.dtype(np.float32)),
+        _tensors.empty_like(like, np.dtype(np.float32)),
+    ]
+    monkeypatch.undo()
+    assert len(made) == 2 * n_made
+    for memory, result in zip(made, results, strict=False):
+        assert result.data_ptr() == memory.ctypes.data
+        assert result.nbytes == memory.nbytes
+    assert all(result.shape == shape for result in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 import posenc  # noqa: E402
 import posenc.torch as pt  # noqa: E402
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASK = torch.tensor([[False] * 5, [False, False, False, True, True]])
 PLACES = [
     {},
@@ -80,16 +81,36 @@ def test_values_and_gradients_are_those_of_torch(places, shape):
     torch.testing.assert_close(got, (3.0 * weight).masked_fill(hidden, 0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_gradients_of_an_embedding_bit_for_bit(dtype):
-    x, table = data(2, 5, 6, dtype=dtype), data(9, 6, dtype=torch.float32, seed=1)
-    positions = torch.tensor([[3, 0, 3, 1, 8], [1, 1, 1, 1, 1]])
+@pytest.mark.usefixtures("on_one_thread")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7,), (3, 7)])
+def test_gradients_of_an_embedding_bit_for_bit(dtype, shape):
+    embed = torch.nn.Embedding(5, 6, dtype=dtype)
+    x, positions = data(3, 7, 6, dtype=dtype), torch.randint(0, 5, shape)
+    table = embed.weight.detach().clone().requires_grad_()
+    grad = data(3, 7, 6, dtype=dtype, seed=1).detach()
+    ours = pt.add_learned(x, table, scale=3.3, positions=positions)
+    theirs = x * 3.3 + embed(positions)
+    got = torch.autograd.grad(ours, (x, table), grad)
+    want = torch.autograd.grad(theirs, (x, embed.weight), grad)
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2000,), (2, 2000)])
+def test_gradients_of_tables_of_16_bits_are_rounded_once(dtype, kind, shape):
+    """Of numbers that float32 adds up without rounding, a thousand for each row."""
+    x, table = data(2, 2000, 3, dtype=kind), data(4, 3, dtype=dtype, seed=1)
+    positions = torch.randint(0, 4, shape)
+    grad = (torch.randint(-40, 120, (2, 2000, 3)) / 128).to(kind)
     y = pt.add_learned(x, table, positions=positions)
-    assert y.dtype == dtype
-    y.sum().backward()
-    assert x.grad.dtype == dtype
-    want = torch.bincount(positions.ravel(), minlength=9).float()
-    assert torch.equal(table.grad, want[:, None].expand(9, 6))
+    assert y.dtype == kind
+    (got,) = torch.autograd.grad(y, table, grad)
+    want = torch.zeros(4, 3, dtype=torch.float64).index_add_(
+        0, positions.expand(2, 2000).flatten(), grad.double().flatten(0, 1)
+    )
+    assert torch.equal(got, want.to(dtype))
 
 
 def test_second_derivatives_and_gradcheck():
@@ -101,15 +122,21 @@ def test_second_derivatives_and_gradcheck():
         assert check(lambda x, t: pt.add_learned(x, t, **options), (x, table))
 
 
-def test_forward_mode_and_vmap():
-    x, table = data(4, 5, 6).detach(), data(9, 6, seed=1).detach()
-    _, tangent = torch.func.jvp(lambda x: pt.add_sinusoidal(x, scale=2.0), (x,), (x,))
-    torch.testing.assert_close(tangent, 2 * x)
-    whole = pt.add_learned(x, table)
-    each = torch.vmap(pt.add_learned, (0, None))(x, table)
-    torch.testing.assert_close(each, whole)
-    each = torch.vmap(pt.add_sinusoidal)(x)
-    torch.testing.assert_close(each, pt.add_sinusoidal(x))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_mode_and_vmap(dtype):
+    """Transforms go through functions of torch, which give the bits of the kernels."""
+    x = data(4, 50, 6, dtype=dtype).detach()
+    table = data(60, 6, dtype=dtype, seed=1).detach()
+    tangent = data(4, 50, 6, dtype=dtype, seed=2).detach()
+    for function, given in ((pt.add_sinusoidal, ()), (pt.add_learned, (table,))):
+
+        def add(x, function=function, given=given):
+            return function(x, *given, scale=3.3)
+
+        assert torch.equal(torch.vmap(add)(x), add(x))
+        value, moved = torch.func.jvp(add, (x,), (tangent,))
+        assert torch.equal(value, add(x))
+        assert torch.equal(moved, tangent * 3.3)
 
 
 @every_place
@@ -225,6 +252,22 @@ def test_out_without_gradients_only():
             lambda: pt.LearnedEmbedding.from_table(torch.ones(3)),
             "table must be of shape .P, dim.; got shape .3,.",
         ),
+        (
+            lambda: pt.LearnedEmbedding(4, 4, dtype=torch.int64),
+            "LearnedEmbedding: dtype must be float16, bfloat16, .*64; got int64",
+        ),
+        (
+            lambda: pt.LearnedEmbedding.from_table(torch.ones(3, 4).long()),
+            "LearnedEmbedding: table must be float16, .*64; got dtype int64",
+        ),
+        (
+            lambda: pt.LearnedEmbedding.from_table(torch.ones(3, 4).cfloat()),
+            "LearnedEmbedding: table must be float16, .*64; got dtype complex64",
+        ),
+        (
+            lambda: pt.LearnedEmbedding.from_table(torch.ones(3, 4), freeze="no"),
+            "LearnedEmbedding: freeze must be True or False; got 'no'",
+        ),
     ],
 )
 def test_errors(call, text):
@@ -264,6 +307,31 @@ def test_a_learned_module_trains_extends_and_copies():
     assert not frozen.weight.requires_grad
     assert not frozen.extended(9).weight.requires_grad
     assert "8, 4, scale=2.0" in repr(module)
+    assert pt.LearnedEmbedding(8, 4, dtype="float16").weight.dtype == torch.float16
+
+
+def test_an_extended_module_is_a_copy_with_another_table():
+    class Scaled(pt.LearnedEmbedding):
+        def __init__(self, table):
+            super().__init__(*table.shape, scale=3.0)
+            self.gain = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, **places):
+            return self.gain * super().forward(x, **places)
+
+    module = Scaled(torch.ones(8, 4)).eval()
+    x = data(2, 8, 4, dtype=torch.float32)
+    module(x).sum().backward()
+    longer = module.extended(20)
+    assert type(longer) is Scaled
+    assert not longer.training
+    assert longer.train().extended(30).training
+    assert torch.equal(longer(x), module(x))
+    assert longer.weight.grad is None
+    assert longer.gain is not module.gain
+    assert module.weight.shape == (8, 4)
+    want = posenc.extend_table(module.weight.detach(), 20)
+    assert torch.equal(longer.weight, want)
 
 
 def test_a_sinusoidal_module_has_no_state():
