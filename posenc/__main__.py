@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 from . import _extend, _extend_report, _plot_command
+from ._version import __version__
 
 EXTEND = """\
 Measure how well a model reads text longer than it was trained on, under several
@@ -53,6 +54,7 @@ def parser():
         prog="python -m posenc",
         description="Positional encodings for transformers on the CPU.",
     )
+    top.add_argument("--version", action="version", version=f"posenc {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_extend(commands)
     add_plot(commands)

@@ -216,7 +216,8 @@ PICTURES = {
     "decay": Picture(
         draw_decay,
         CURVES,
-        "how RoPE's logit decays with distance: four cases, or the one of the options",
+        "how RoPE's logit decays with distance: four cases, or the one of the options; "
+        "T is the longest period",
         {
             "dim": (None, CHANNELS),
             "length": (None, CURVE_TOKENS),

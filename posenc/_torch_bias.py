@@ -65,7 +65,7 @@ def _fresh_collect(grad):
 
 def _bucket(offsets, num_buckets, max_distance, bidirectional):
     return plain_t5_bucket(
-        _bare(offsets),
+        _bare(offsets).contiguous(),
         bidirectional=bidirectional,
         num_buckets=num_buckets,
         max_distance=max_distance,

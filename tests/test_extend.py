@@ -13,7 +13,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from posenc import __main__, _extend, _extend_report, rope_inv_freq  # noqa: E402
+from posenc import (  # noqa: E402
+    __main__,
+    __version__,
+    _extend,
+    _extend_report,
+    rope_inv_freq,
+)
 
 TRAINED = 16
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
@@ -368,6 +374,13 @@ def check_content(content, lines):
     ]
     values = [f"{b['value']:.2f}" for b in last["buckets"]]
     assert ["ntk", "alpha", f"{_extend.default_alpha(3):.4g}", *values] in lines
+
+
+def test_version_is_told():
+    done = subprocess.run(
+        [sys.executable, "-m", "posenc", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout == f"posenc {__version__}\n"
 
 
 def test_help_names_every_method_and_option(monkeypatch):

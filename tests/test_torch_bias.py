@@ -313,6 +313,23 @@ def test_operators_pass_opcheck(operator):
     torch.library.opcheck(getattr(torch.ops.posenc, operator).default, arguments)
 
 
+def test_buckets_of_offsets_in_any_memory_pass_opcheck():
+    offsets = torch.arange(24).reshape(2, 3, 4).transpose(0, 2)
+    torch.library.opcheck(torch.ops.posenc.t5_bucket.default, (offsets, 32, 128, True))
+
+
+@pytest.mark.parametrize("places", [torch.arange(3), range(3)], ids=["tensors", "no"])
+def test_a_bias_is_a_tensor_if_positions_are(places):
+    is_tensor = isinstance(places, torch.Tensor)
+    for bias in (
+        posenc.alibi_bias(posenc.alibi_slopes(2), places, range(3)),
+        posenc.t5_bias(np.ones((32, 2)), range(3), places),
+        posenc.kerple_bias([1.0], [1.0], places, places),
+        posenc.sandwich_bias(2, 4, places, places),
+    ):
+        assert isinstance(bias, torch.Tensor) == is_tensor
+
+
 def test_meta_tensors_give_meta_tensors():
     with torch.device("meta"):
         module = T5Bias(8)
