@@ -410,8 +410,8 @@ HEADER = """\
 Written by `python -m benchmarks`. Numbers are multiples of the time that
 `torch.Tensor.copy_` of the same bytes into a given output takes in the same run, the
 least of as many calls in turn as fit 0.3 s, of slower ones at least one, or as many as
-are said; the fastest in each mode is bold. Work: q (1, 32, T, 128) and k (1, 8, T, 128),
-in memory as the projections leave them."""
+are said; the fastest in each mode is bold. Work: q (1, 32, T, 128) and
+k (1, 8, T, 128), in memory as the projections leave them."""
 
 
 def results_page(result):
