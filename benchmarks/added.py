@@ -13,22 +13,17 @@ import torch
 import posenc
 from posenc._tensors import as_numpy
 
-from .timing import Case, Run
+from .errors import ROUNDED_ONCE, allowed, bits_of, last_places
+from .timing import Case, repeated
 from .work import copies
 
 BATCH, LENGTH, DIM, GRID = 8, 2048, 768, (14, 14)
+EPS = torch.finfo(torch.float32).eps
 
 
 def _case(name, runs, error):
-    runs = {key: Run(call) for key, call in runs.items()}
+    runs = repeated(runs)
     return Case(name, "other", lambda n_thread: (runs, {"error": error}))
-
-
-def _difference(ours, theirs):
-    """Return the largest difference, as text; 'same bits' if there is none."""
-    if np.array_equal(ours, theirs):
-        return "same bits"
-    return f"{np.abs(ours - theirs).max():.1e}"
 
 
 def usual_table(length, dim, dtype=torch.float32):
@@ -54,24 +49,42 @@ def add_sinusoidal(batch=BATCH, length=LENGTH, dtype=torch.float32, offset=0):
     table, scale = usual_table(offset + length, DIM)[offset:].to(dtype), DIM**0.5
     array, result, inside = as_numpy(x), as_numpy(out), as_numpy(own)
     function = functools.partial(posenc.add_sinusoidal, scale=scale, offset=offset)
-    function(array, out=result)
-    true = usual_table(offset + length, DIM, torch.float64)[offset:]
-    error = f"{(out.double() - (x.double() * scale + true)).abs().max():.1e}"
     positions = np.arange(offset, offset + length)
+    true = usual_table(offset + length, DIM, torch.float64)[offset:]
+
+    def theirs():
+        return torch.add(table, x, alpha=scale, out=out)
+
+    def error(found, scale=scale):
+        size = x.double().abs() * scale + 1  # the table's numbers come to 1
+        wrong = (found.double() - (x.double() * scale + true)).abs()
+        return float((wrong / size).max()) / torch.finfo(dtype).eps
+
+    # The sum is rounded to the data's type; in float32 before it the scale, the product
+    # and the table's number.
+    bound = 0.5 + EPS / torch.finfo(dtype).eps
+    function(inside, scale=1.0, out=inside)
+    allowed(error(own, 1.0), bound, "in place")
+    function(array, out=result)
+    error_of_ours = allowed(error(out), bound)
+    by_positions = posenc.add_sinusoidal(array, scale=scale, positions=positions)
+    bits_of("counted positions", by_positions, result)
+    bits_of("out given", as_numpy(function(x)), result)
     runs = {
         ("copy", ""): copies([out], [x]),
         ("posenc", "out given"): lambda: function(array, out=result),
-        ("posenc", "in place"): lambda: function(inside, scale=1.0, out=inside),
+        ("posenc", "in place, scale 1"): lambda: function(
+            inside, scale=1.0, out=inside
+        ),
         ("posenc", "out and positions given"): lambda: posenc.add_sinusoidal(
             array, scale=scale, positions=positions, out=result
         ),
         ("posenc", "tensor, fresh"): lambda: function(x),
-        ("torch, table ready", "out given"): lambda: torch.add(
-            table, x, alpha=scale, out=out
-        ),
+        ("torch, table ready", "out given"): theirs,
     }
+    errors = f"{error_of_ours:.2f} eps of the terms (torch {error(theirs()):.2f})"
     kind = "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
-    return _case(f"add_sinusoidal, {batch} x {length} x {DIM}{kind}", runs, error)
+    return _case(f"add_sinusoidal, {batch} x {length} x {DIM}{kind}", runs, errors)
 
 
 def add_sinusoidal_bfloat16():
@@ -91,7 +104,7 @@ def add_learned(batch=BATCH, length=LENGTH):
     positions = torch.arange(length)
     array, result, table = x.numpy(), out.numpy(), embedding.weight.numpy()
     posenc.add_learned(array, table, out=result)
-    error = _difference(result, (x + embedding(positions)).numpy())
+    error = bits_of("torch", result, (x + embedding(positions)).numpy())
     runs = {
         ("copy", ""): copies([out], [x]),
         ("posenc", "out given"): lambda: posenc.add_learned(array, table, out=result),
@@ -105,45 +118,59 @@ def sinusoidal(length=LENGTH):
     positions, out = np.arange(length), np.empty((length, DIM), np.float32)
     true = usual_table(length, DIM, torch.float64).numpy()
     posenc.sinusoidal(positions, DIM, out=out)
-    theirs = usual_table(length, DIM).numpy()
-    errors = (f"{np.abs(table - true).max():.1e}" for table in (out, theirs))
+    ours, theirs = (
+        float(np.abs(table - true).max())
+        for table in (out, usual_table(length, DIM).numpy())
+    )
+    allowed(ours, ROUNDED_ONCE * EPS / 2)  # the last place of numbers below 1
     spare = torch.empty(length, DIM)
     runs = {
         ("copy", ""): copies([spare], [torch.from_numpy(out)]),
         ("posenc", "out given"): lambda: posenc.sinusoidal(positions, DIM, out=out),
         ("torch", "fresh"): lambda: usual_table(length, DIM),
     }
-    error = "{} (torch {})".format(*errors)
+    error = f"{ours:.1e} (torch {theirs:.1e})"
     return _case(f"sinusoidal, {length} x {DIM}", runs, error)
 
 
 def sinusoidal_grid():
-    """Make the table of a ViT's patches."""
-    runs = {("posenc", "fresh"): lambda: posenc.sinusoidal_grid(GRID, DIM)}
-    return _case(f"sinusoidal_grid, {GRID[0]} x {GRID[1]} x {DIM}", runs, "-")
+    """Make the table of a ViT's patches, and as transformers does, in float64."""
+    from transformers.models.vit_mae import modeling_vit_mae
+
+    theirs = functools.partial(
+        modeling_vit_mae.build_2d_sinusoidal_position_embedding, *GRID, DIM
+    )
+    ours = functools.partial(posenc.sinusoidal_grid, GRID, DIM, indexing="ij")
+    true = theirs(dtype=torch.float64).numpy()
+    error = float(np.abs(ours().reshape(true.shape) - true).max())
+    allowed(error, ROUNDED_ONCE * EPS / 2)
+    runs = {("posenc", "fresh"): ours, ("transformers", "fresh"): theirs}
+    name = f"sinusoidal_grid, {GRID[0]} x {GRID[1]} x {DIM}"
+    return _case(name, runs, f"{error:.1e}")
 
 
 def extend_table(length=512):
-    """Make a learned table twice as long, and by torch's interpolation."""
+    """Make a learned table twice as long: linearly as torch does, and by hierarchy."""
     table = np.random.default_rng(0).standard_normal((length, DIM), np.float32)
     channels = torch.from_numpy(table).T[None]
+    extended = functools.partial(posenc.extend_table, table, 2 * length)
+    linear = functools.partial(extended, method="linear")
 
-    def theirs():
+    def theirs(channels=channels):
         return torch.nn.functional.interpolate(
             channels, size=2 * length, mode="linear", align_corners=True
         )
 
+    true = theirs(channels.double())[0].T.numpy()
+    ours = linear()
+    allowed(last_places(ours, true, EPS), ROUNDED_ONCE)
+    errors = (np.abs(t - true).max() for t in (ours, theirs()[0].T.numpy()))
     runs = {
-        ("posenc hierarchical", "fresh"): lambda: posenc.extend_table(
-            table, 2 * length
-        ),
-        ("posenc linear", "fresh"): lambda: posenc.extend_table(
-            table, 2 * length, method="linear"
-        ),
-        ("torch, linear", "fresh"): theirs,
+        ("posenc", "linear, fresh"): linear,
+        ("posenc", "hierarchical, fresh"): extended,
+        ("torch", "linear, fresh"): theirs,
     }
-    ours = posenc.extend_table(table, 2 * length, method="linear")
-    error = _difference(ours, theirs()[0].T.numpy())
+    error = "{:.1e} (torch {:.1e})".format(*errors)
     return _case(f"extend_table, {length} to {2 * length} x {DIM}", runs, error)
 
 

@@ -17,10 +17,13 @@ import posenc
 import posenc.torch
 from posenc._tensors import as_numpy
 
-from .timing import Case, Run
+from .errors import ROUNDED_ONCE, allowed, bits_of, last_places
+from .timing import Case, repeated
 from .work import copies
 
 N_HEAD, LENGTH, N_BUCKET, DIM, WIDTH = 12, 2048, 32, 128, 32
+CHECKED_ROWS = 128  # from first to last, where only the formula is there to compare
+EPS = torch.finfo(torch.float32).eps
 ZEROS, ONES = ("zeros", "out given"), ("ones", "out given")
 
 
@@ -49,6 +52,13 @@ def _parameters(name, dtype):
     }[name]
 
 
+def _tensor(array):
+    """Return a parameter as a tensor; torch does not know NumPy's 16 bits."""
+    if array.dtype == np.float32:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
 def _transformers(weight, n_query, n_key):
     """Return what computes T5's bias in transformers."""
     from transformers import T5Config
@@ -58,14 +68,13 @@ def _transformers(weight, n_query, n_key):
         T5Config(num_heads=N_HEAD), has_relative_attention_bias=True, layer_idx=0
     )
     attention.requires_grad_(False)
-    attention.relative_attention_bias.weight.copy_(torch.from_numpy(weight))
+    attention.to(weight.dtype).relative_attention_bias.weight.copy_(weight)
     past = n_key - n_query
     return lambda: attention.compute_bias(n_query, n_key, past_seen_tokens=past)
 
 
 def _alibi(slopes, n_query, n_key):
     """Return the formula in torch."""
-    slopes = torch.from_numpy(slopes)
 
     def formula():
         k = torch.arange(n_key)
@@ -78,6 +87,52 @@ def _alibi(slopes, n_query, n_key):
 PEERS = {"t5_bias": ("transformers", _transformers), "alibi_bias": ("torch", _alibi)}
 
 
+def _by_head(numbers):
+    return numbers.astype(np.float64)[:, None, None]
+
+
+def _kerple(q, k, r1, r2):
+    """Return the paper's formula in float64, as do the next two."""
+    return -_by_head(r1) * np.log(1 + _by_head(r2) * np.abs(q[:, None] - k))
+
+
+def _fire(q, k, mlp, threshold, c=0.1, eps=1e-6):
+    def psi(x):
+        return np.log(np.abs(c * x) + 1)
+
+    limit = psi(np.maximum(q[:, None], threshold)) + eps
+    hidden = (psi(q[:, None] - k) / limit)[..., None]
+    for layer, (weight, shift) in enumerate(mlp):
+        hidden = np.maximum(hidden, 0) if layer else hidden
+        hidden = hidden @ weight.T.astype(np.float64) + shift
+    return np.moveaxis(hidden, -1, 0)
+
+
+def _sandwich(q, k, n_head, dim, dtype):
+    inv_freq = 10000.0 ** (-2 * np.arange(dim // 2) / dim)
+    distances = np.arange(max(q.max(), k.max()) + 1)
+    products = np.cos(np.multiply.outer(distances, inv_freq)).sum(-1)
+    compression = 8 * np.arange(1, n_head + 1) / n_head
+    return products[np.abs(q[:, None] - k)] / _by_head(compression)
+
+
+FORMULAS = {"kerple_bias": _kerple, "fire_bias": _fire, "sandwich_bias": _sandwich}
+
+
+def _checked(name, result, given, options, peers):
+    """Return whose bits a bias has, or how far off the formula some rows are."""
+    for peer, theirs in peers.items():
+        bits_of(peer, result, as_numpy(theirs()[0]))
+    if peers:
+        return f"bits of {min(peers, key=len)}"
+    n_query, n_key = result.shape[1:]
+    rows = np.unique(np.linspace(0, n_query - 1, CHECKED_ROWS).astype(np.int64))
+    q, k = rows + n_key - n_query, np.arange(n_key)
+    true = FORMULAS[name](q, k, *given, **options)
+    error = allowed(last_places(result[:, rows], true, EPS), ROUNDED_ONCE)
+    return f"{error:.3f} ulp of the formula"
+
+
 def bias(name, length=LENGTH, dtype=torch.float32, n_query=None, compiles=True):
     """Compute a bias, and add it to logits: all queries, or the last with a cache."""
     n_query = length if n_query is None else n_query
@@ -87,13 +142,8 @@ def bias(name, length=LENGTH, dtype=torch.float32, n_query=None, compiles=True):
     shape = N_HEAD, n_query, length
     out, logits, ready = (torch.zeros(shape, dtype=dtype) for _ in range(3))
     result, sums = as_numpy(out), as_numpy(logits)
-    function(out=result)
-    order = np.arange(length, dtype=np.int64)[::-1]  # in none that is looked for
-    slow = order[:4] if n_query == length else order[:1]
-    turned = getattr(posenc, name)(*given, slow, k, **options)
-    rows = result[:, slow - length + n_query].astype(np.float64)
-    error = float(np.abs(turned.astype(np.float64) - rows).max())
-    error = f"{error:.1e}" if error else "same bits"
+    function(out=result), function(add_to=sums)
+    bits_of("out given", sums, result)
     runs = {
         ("copy", ""): copies([logits], [out]),
         ZEROS: out.zero_,
@@ -103,21 +153,36 @@ def bias(name, length=LENGTH, dtype=torch.float32, n_query=None, compiles=True):
         ("posenc", "added in place"): lambda: function(add_to=sums),
         ("torch, bias ready", "added in place"): lambda: logits.add_(ready),
     }
-    if name in PEERS and dtype is torch.float32:
-        peer, make = PEERS[name]
-        theirs = make(given[0], n_query, length)
-        if not np.array_equal(theirs()[0].numpy(), result):
-            error = f"other than {peer}"
-        runs[peer, "fresh"] = theirs
-        if compiles:
-            runs[f"{peer}, torch.compile", "fresh"] = _compiled(theirs)
-    if name == "t5_bias" and n_query == length and dtype is torch.float32:
-        runs["posenc.torch", "forward + backward"] = _step(given[0], length)
-    runs = {key: Run(call) for key, call in runs.items()}
-    facts = {"error": error}
+    peers = _peers(name, given[0], n_query, length, compiles)
+    facts = {"error": _checked(name, result, given, options, peers)}
+    runs |= {(peer, "fresh"): theirs for peer, theirs in peers.items()}
+    if name == "t5_bias":
+        runs |= _tensor_runs(_tensor(given[0]), q, k, result)
+    runs = repeated(runs)
     kind = "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     title = f"{name}, {N_HEAD} x {n_query} x {length}{kind}"
     return Case(title, "other", lambda n_thread: (runs, facts))
+
+
+def _peers(name, parameter, n_query, length, compiles):
+    """Return what computes the same, eagerly and compiled, by name."""
+    if name not in PEERS:
+        return {}
+    peer, make = PEERS[name]
+    theirs = make(_tensor(parameter), n_query, length)
+    if not compiles:
+        return {peer: theirs}
+    return {peer: theirs, f"{peer}, torch.compile": _compiled(theirs)}
+
+
+def _tensor_runs(weight, q, k, result):
+    """Return the runs that give T5's bias as a tensor."""
+    fresh = functools.partial(posenc.t5_bias, weight, q, k)
+    bits_of("out given", as_numpy(fresh()), result)
+    runs = {("posenc", "tensor, fresh"): fresh}
+    if len(q) == len(k) and weight.dtype is torch.float32:
+        runs["posenc.torch", "forward + backward"] = _step(weight, len(k))
+    return runs
 
 
 def _compiled(function):
@@ -129,7 +194,7 @@ def _compiled(function):
 
 def _step(weight, length):
     """Return what computes a bias and the gradient of its weight."""
-    weight = torch.from_numpy(weight).requires_grad_()
+    weight = weight.clone().requires_grad_()
     grad = torch.ones(N_HEAD, length, length)
 
     def step():
@@ -137,6 +202,10 @@ def _step(weight, length):
             result = posenc.torch.t5_bias(weight, range(length), range(length))
             return torch.autograd.grad(result, weight, grad)
 
+    positions = np.arange(length)
+    used = posenc.t5_bucket(positions - positions[:, None])
+    counts = np.bincount(used.ravel(), minlength=N_BUCKET)
+    bits_of("counts of buckets", step()[0].T.numpy(), [counts] * N_HEAD)
     return step
 
 
@@ -147,33 +216,34 @@ def buckets(length=8 * LENGTH):
     offset = torch.arange(length) - length // 2
     array, out = offset.numpy(), np.empty(length, np.int64)
     theirs = functools.partial(T5Attention._relative_position_bucket, offset)
-    same = np.array_equal(posenc.t5_bucket(array), theirs().numpy())
+    error = bits_of("transformers", posenc.t5_bucket(array), theirs().numpy())
     runs = {
         ("posenc", "out given"): lambda: posenc.t5_bucket(array, out=out),
         ("transformers", "fresh"): theirs,
     }
-    runs = {key: Run(call) for key, call in runs.items()}
-    facts = {"error": "same bits" if same else "other buckets"}
+    runs, facts = repeated(runs), {"error": error}
     return Case(f"t5_bucket, {length}", "other", lambda n_thread: (runs, facts))
 
 
 def slopes():
-    """Make slopes, and as transformers does for Bloom."""
+    """Make slopes, and as transformers does for Bloom: the bias of a second key."""
     from transformers.models.bloom import modeling_bloom
 
-    mask = torch.ones(1, 1, dtype=torch.int64)
+    mask = torch.ones(1, 2, dtype=torch.int64)
     theirs = functools.partial(
         modeling_bloom.build_alibi_tensor, mask, N_HEAD, torch.float32
     )
-    runs = {
-        ("posenc", "fresh"): lambda: posenc.alibi_slopes(N_HEAD),
-        ("transformers", "fresh"): theirs,
-    }
-    runs = {key: Run(call) for key, call in runs.items()}
+    ours = functools.partial(posenc.alibi_slopes, N_HEAD, dtype=np.float32)
+    true = 2.0 ** -np.array([*range(1, 9), 0.5, 1.5, 2.5, 3.5])  # those of 8, then 16
+    results = ours(), theirs()[:, 0, 1].numpy()
+    errors = [last_places(result, true, EPS) for result in results]
+    allowed(errors[0], ROUNDED_ONCE)
+    runs = {("posenc", "fresh"): ours, ("transformers", "fresh"): theirs}
+    facts = {"error": "{:.2f} ulp (transformers {:.2f})".format(*errors)}
     return Case(
         f"alibi_slopes({N_HEAD})",
         "other",
-        lambda n_thread: (runs, {"error": "-"}),
+        lambda n_thread: (repeated(runs), facts),
         one_thread=True,
     )
 

@@ -20,7 +20,7 @@ from .cope import cope_cases
 from .cope_peers import COPE_PEERS, N_POSITION, Bias, between, counted
 from .models import model_cases
 from .peers import PEERS, Wrong, complex_rotation, eager_function, name_of, prepare
-from .timing import Case, Run, nested
+from .timing import Case, Run, nested, repeated
 from .work import HEAD_DIM, HEADS, N_PAIR, Work, copies
 
 LENGTHS = (1, 128, 2048, 32768)
@@ -89,7 +89,7 @@ def other_memory(dtype, layout, memory):
 
 def _fixed(name, runs, error, one_thread=False, **facts):
     """Return a case whose runs are the same for any number of threads."""
-    runs = {key: Run(call) for key, call in runs.items()}
+    runs = repeated(runs)
     return Case(
         name,
         "other",

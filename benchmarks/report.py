@@ -10,6 +10,7 @@ from .cope_peers import (
     THEIR_ROUNDS,
 )
 from .peers import PEERS, is_ours
+from .timing import REPEATED
 
 MODES = ("in place", "out given", "fresh")
 DOORS = ("posenc.torch", "posenc NumPy")  # in RESULTS.md only
@@ -93,11 +94,13 @@ was not run: it has {} arrays of shape (H, T, T) at once, {} with gradients."""
 MEMORY = MEMORY.format(*LISTING_ARRAYS.values())
 
 SHOWN_TABLES = ("add_", "sinusoidal, ", "t5_bias", "alibi_bias", "rope_decay")
-TABLES = """\
+TABLES = f"""\
 Added tables, relative biases and decay on one thread, as multiples of a copy, or in
 time where nothing is copied. The bytes of a bias are written and not read: *zeros*
-fills the same memory. Fresh results of 200 MB are page faults, and vary by more than
-ten times with the state of the memory: give `out`."""
+fills the same memory. Every run takes {REPEATED} rounds or more. *Fresh* results lie in
+new memory, whose cost is in the time: beside them stand those of a given `out`. Errors
+are from a formula in float64, in units of the last place (ulp), in eps of the terms, or
+absolute; *bits of* names with whom all bits are shared."""
 
 
 # --- README --------------------------------------------------------------------------
@@ -406,8 +409,9 @@ HEADER = """\
 
 Written by `python -m benchmarks`. Numbers are multiples of the time that
 `torch.Tensor.copy_` of the same bytes into a given output takes in the same run, the
-least of many repetitions in turn; the fastest in each mode is bold. Work: q
-(1, 32, T, 128) and k (1, 8, T, 128), in memory as the projections leave them."""
+least of as many calls in turn as fit 0.3 s, of slower ones at least one, or as many as
+are said; the fastest in each mode is bold. Work: q (1, 32, T, 128) and
+k (1, 8, T, 128), in memory as the projections leave them."""
 
 
 def results_page(result):

@@ -14,10 +14,11 @@ pytest.importorskip("transformers")
 
 import cope_listing  # noqa: E402
 
+import posenc  # noqa: E402
 from benchmarks import added, bias, cope, cope_peers, memory, peers, report  # noqa: E402
 from benchmarks.__main__ import updated  # noqa: E402
 from benchmarks.cases import all_cases, cope_step, rotation  # noqa: E402
-from benchmarks.timing import Run, measure, nested  # noqa: E402
+from benchmarks.timing import REPEATED, Run, measure, nested  # noqa: E402
 from benchmarks.work import Work  # noqa: E402
 
 CHEAP = ("posenc", "posenc eager", "transformers", "complex form")
@@ -256,29 +257,87 @@ def test_an_update_replaces_its_cases_and_says_so():
 
 
 @pytest.mark.parametrize("name", bias.BIASES)
-def test_biases_agree_with_themselves_and_with_transformers(name):
+def test_biases_agree_with_others_or_with_the_formula(name):
     with torch.no_grad():
         case = bias.bias(name, 40, compiles=False)
         row = bias.bias(name, 40, n_query=1, compiles=False)
         for runs, facts in (case.prepare(1), row.prepare(1)):
             for run in runs.values():
                 run.call()
-            assert facts["error"] == "same bits"
+                assert run.least_rounds == REPEATED
+            error = "bits of " if name in bias.PEERS else "0.[0-5][0-9]* ulp of the f"
+            assert re.match(error, facts["error"])
             assert bias.ZEROS in runs
 
 
+def test_the_bias_of_t5_has_the_bits_of_transformers_in_bfloat16():
+    with torch.no_grad():
+        case = bias.bias("t5_bias", 40, torch.bfloat16, compiles=False)
+        runs, facts = case.prepare(1)
+    assert facts["error"] == "bits of transformers"
+    assert runs["posenc", "tensor, fresh"].call().dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", bias.BIASES)
+def test_a_wrong_bias_is_refused(monkeypatch, name):
+    right = getattr(posenc, name)
+
+    def wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        result *= 1 + 2.0**-20
+        return result
+
+    monkeypatch.setattr(posenc, name, wrong)
+    with torch.no_grad(), pytest.raises(peers.Wrong):
+        bias.bias(name, 40, compiles=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("add_sinusoidal", functools.partial(added.add_sinusoidal, 2, 40)),
+        ("add_learned", functools.partial(added.add_learned, 2, 40)),
+        ("sinusoidal", functools.partial(added.sinusoidal, 40)),
+        ("sinusoidal_grid", added.sinusoidal_grid),
+        ("extend_table", functools.partial(added.extend_table, 40)),
+        ("alibi_slopes", bias.slopes),
+    ],
+)
+def test_a_wrong_table_is_refused(monkeypatch, name, make):
+    right = getattr(posenc, name)
+
+    def wrong(*arguments, **options):
+        result = right(*arguments, **options)
+        result *= 1 + 2.0**-20
+        return result
+
+    monkeypatch.setattr(posenc, name, wrong)
+    with pytest.raises(peers.Wrong):
+        make()
+
+
+def test_wrong_buckets_are_refused(monkeypatch):
+    right = posenc.t5_bucket
+    monkeypatch.setattr(posenc, "t5_bucket", lambda offset: right(offset) + 1)
+    with pytest.raises(peers.Wrong):
+        bias.buckets(500)
+
+
 def test_buckets_and_slopes_are_timed():
-    for case in (bias.buckets(500), bias.slopes()):
+    for case, error in (
+        (bias.buckets(500), "bits of transformers"),
+        (bias.slopes(), r"0\.[0-5]\d ulp .*"),
+    ):
         runs, facts = case.prepare(1)
         for run in runs.values():
             run.call()
-        assert facts["error"] in ("same bits", "-")
+        assert re.fullmatch(error, facts["error"])
 
 
 def test_added_tables_agree_with_those_of_others():
     for make, error in (
-        (added.add_sinusoidal, r"[0-9.]+e-0[5-9]"),
-        (added.add_learned, "same bits"),
+        (added.add_sinusoidal, r"[01]\.\d\d eps of the terms \(torch [0-9.]+\)"),
+        (added.add_learned, "bits of torch"),
     ):
         runs, facts = make(2, 40).prepare(1)
         assert re.fullmatch(error, facts["error"])
@@ -292,3 +351,12 @@ def test_tables_are_made_and_extended():
         runs, _ = make().prepare(1)
         for run in runs.values():
             run.call()
+
+
+def test_linear_extension_is_timed_against_linear():
+    runs, _ = added.extend_table(40).prepare(1)
+    modes = {mode: {p for p, m in runs if m == mode} for _, mode in runs}
+    assert modes == {
+        "linear, fresh": {"posenc", "torch"},
+        "hierarchical, fresh": {"posenc"},
+    }
