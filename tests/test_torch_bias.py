@@ -422,6 +422,24 @@ ERRORS = [
         ValueError,
         "q_positions must have at least",
     ),
+    (
+        lambda: t5_bias(WEIGHT, [2**60], [0]),
+        ValueError,
+        "q_positions must hold whole numbers of magnitude at most 2**53; got "
+        "1152921504606846976",
+    ),
+    (
+        lambda: t5_bias(WEIGHT, range(5), range(-(2**53) - 1, 0)),
+        ValueError,
+        "k_positions must hold whole numbers of magnitude at most 2**53; got "
+        "9007199254740993",
+    ),
+    (
+        lambda: alibi_bias(WEIGHT[0], [0, 5], [2**53 + 1]),
+        ValueError,
+        "k_positions must hold whole numbers of magnitude at most 2**53; got "
+        "9007199254740993",
+    ),
     (lambda: t5_bias(WEIGHT[0], range(5), range(9)), ValueError, "weight must be of"),
     (lambda: t5_bias(WEIGHT[:2], range(5), range(9)), ValueError, "weight must hold"),
     (
