@@ -185,6 +185,8 @@ def _grid(function, q_positions, k_positions, whole=False):
         return q_positions
     given = {"q_positions": q_positions, "k_positions": k_positions}
     if all(isinstance(part, range) and part.step == 1 for part in given.values()):
+        for name, part in given.items():
+            _check_reach(function, name, part[:1], part[-1:])
         return _consecutive(
             q_positions.start, len(q_positions), k_positions.start, len(k_positions)
         )
@@ -214,7 +216,18 @@ def _positions(function, name, value, whole):
     if value.is_complex() or (whole and (value.is_floating_point() or kind == "bool")):
         rule = "be whole numbers" if whole else "be real numbers"
         raise TypeError(must(function, name, rule, f"dtype {kind}"))
+    if kind == "int64" and value.numel() and undisturbed() and not value.is_meta:
+        _check_reach(function, name, [value.min()], [value.max()])
     return value.to(torch.int64 if whole else torch.float64)
+
+
+def _check_reach(function, name, least, most):
+    """Raise if whole numbers are such as float64 rounds; compiled code does not ask."""
+    if not _is_compiling():
+        extreme = max((abs(int(end)) for end in (*least, *most)), default=0)
+        if extreme > 2**53:
+            rule = "hold whole numbers of magnitude at most 2**53"
+            raise ValueError(must(function, name, rule, extreme))
 
 
 def _are_steps(positions):
