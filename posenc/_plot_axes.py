@@ -212,6 +212,7 @@ def draw_map(axes, values, title, unit, *, x, y, square=False):
     image = axes.imshow(
         np.ma.array(values, mask=hidden),
         cmap=COLOR_MAP,
+        interpolation_stage="data",  # colors between those of the bar say nothing
         aspect="equal" if square and n_most <= 2 * n_least else "auto",
         extent=(left, right, bottom, top),
     )

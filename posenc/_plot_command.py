@@ -90,11 +90,13 @@ def _draw_decay(axes, dim, bases, length):
     axes.set_title(f"{dim} channels", loc="left")
     period = rope_period(dim, bases[0])
     whose = f" (base {bases[0]:g})" if bases[1:] else ""
-    for place, name in ((period / 4, "\u00bc T"), (period, "T")):
+    is_crowded = period < length / 5  # the labels would lie upon each other
+    quarter = [] if is_crowded else [(period / 4, "\u00bc T")]
+    for place, name in (*quarter, (period, "T")):
         if place < length:
             axes.axvline(place, color=GREY, linewidth=1, zorder=0)
             axes.annotate(
-                f"{name} = {place:.0f}{whose}",
+                f"{name} = {place:.{0 if place > 10 else 2}f}{whose}",
                 (place, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(4, -4),

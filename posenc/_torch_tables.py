@@ -204,6 +204,13 @@ def _places(function, positions, offset, cu_seqlens, padding_mask):
 _FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
+def _refuse_ids(module, x):
+    """Raise for a tensor of whole numbers, where a module is to add to embeddings."""
+    if isinstance(x, torch.Tensor) and not (x.is_floating_point() or x.is_complex()):
+        rule, got = "hold embeddings, not token ids", str(x.dtype)
+        raise TypeError(must(type(module).__name__, "x", rule, f"dtype {got}"))
+
+
 def float_dtype(function, dtype):
     """Return a dtype of NumPy or torch as torch's; raise unless it is one of ours."""
     if isinstance(dtype, torch.dtype):
@@ -486,8 +493,9 @@ class SinusoidalEmbedding(torch.nn.Module):
         Raises
         ------
         TypeError, ValueError
-            As `add_sinusoidal` does.
+            As `add_sinusoidal` does; and if x holds whole numbers, such as token ids.
         """
+        _refuse_ids(self, x)
         return add_sinusoidal(
             x,
             scale=self.scale,
@@ -656,8 +664,9 @@ class LearnedEmbedding(torch.nn.Module):
         Raises
         ------
         TypeError, ValueError
-            As `add_learned` does.
+            As `add_learned` does; and if x holds whole numbers, such as token ids.
         """
+        _refuse_ids(self, x)
         return add_learned(
             x,
             self.weight,

@@ -360,3 +360,14 @@ def test_modules_are_pickled_and_made_on_meta(name):
     module.to_empty(device="cpu").load_state_dict(again.state_dict())
     module.scale = 2.0
     assert torch.equal(module(x), again(x))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [pt.SinusoidalEmbedding(), pt.LearnedEmbedding(64, 5)],
+    ids=["sines", "learned"],
+)
+def test_modules_refuse_token_ids(module):
+    says = f"{type(module).__name__}: x must hold embeddings, not token ids; got dtype"
+    with pytest.raises(TypeError, match=says + " torch.int64"):
+        module(torch.zeros(2, 5, dtype=torch.int64))
