@@ -18,7 +18,7 @@ from ._check import (
     true_or_false,
     whole_number,
 )
-from ._rope_check import _widest
+from ._results import widest
 
 KERNELS = ("log", "power")
 
@@ -409,7 +409,7 @@ def kerple_bias(
         distance = np.abs(offsets)
         return 0.0 - a * (np.log1p(b * distance) if kernel == "log" else distance**b)
 
-    dtype = _widest(first.dtype, second.dtype)
+    dtype = widest(first.dtype, second.dtype)
     is_tensor = are_tensors(r1, r2, q_positions, k_positions)
     bias = Bias(here, len(first), dtype, is_tensor, evaluate)
     return spread(bias, q, k, add_to, out)
@@ -502,7 +502,7 @@ def fire_bias(
     eps = real_number(here, "eps", eps)
     q = positions_of(here, "q_positions", q_positions)
     k = positions_of(here, "k_positions", k_positions)
-    dtype = _widest(*(part.dtype for pair in layers for part in pair))
+    dtype = widest(*(part.dtype for pair in layers for part in pair))
     wide = [tuple(part.astype(np.float64) for part in pair) for pair in layers]
 
     def evaluate(offsets, query):

@@ -13,8 +13,7 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_array
-from ._cope import _are_one
-from ._rope_check import REAL_RULE, _real_kind, _widest
+from ._results import REAL_RULE, are_one, real_kind, widest
 
 # Elements that are evaluated at once where positions are not consecutive.
 _BLOCK = 1 << 18
@@ -40,9 +39,9 @@ class Bias(NamedTuple):
 def parameters(function, name, value, shape):
     """Return numbers of one type and a shape; axes of any size stand by their name."""
     array = np.asarray(as_array(function, name, value))
-    _real_kind(function, name, array.dtype)
+    real_kind(function, name, array.dtype)
     check_shape(function, name, array.shape, shape)
-    return array.astype(_widest(array.dtype))  # a copy: `out` may lie in its memory
+    return array.astype(widest(array.dtype))  # a copy: `out` may lie in its memory
 
 
 def check_shape(function, name, shape, wanted):
@@ -145,7 +144,7 @@ def _memory(bias, shape, add_to, logits, out):
             raise TypeError(must(here, "add_to", "be a plain NumPy array", got))
         if dtype.kind in "biu":
             raise TypeError(must(here, "add_to", REAL_RULE, f"dtype {dtype}"))
-        _real_kind(here, "add_to", dtype)
+        real_kind(here, "add_to", dtype)
         if out is None:
             return (
                 logits,
@@ -165,7 +164,7 @@ def _memory(bias, shape, add_to, logits, out):
 def _apart(result, logits):
     """Return the result's memory, or other if the kernel could not write there."""
     is_apart = logits is None or not np.may_share_memory(result, logits)
-    if result.flags.aligned and (is_apart or _are_one(result, logits)):
+    if result.flags.aligned and (is_apart or are_one(result, logits)):
         return np.asarray(result)
     return np.empty(result.shape, result.dtype)
 

@@ -5,8 +5,16 @@ import numpy as np
 
 from . import _core
 from . import _tensors as tensors
-from ._check import as_array, must, out_array, true_or_false, whole_number
-from ._rope_check import _dtypes, _real_kind, _widest
+from ._check import as_array, must, true_or_false, whole_number
+from ._results import (
+    aligned,
+    are_one,
+    dtypes_of,
+    no_out,
+    real_kind,
+    result_like,
+    widest,
+)
 
 
 def cope_gates(logits, *, out=None):
@@ -54,7 +62,7 @@ def cope_gates(logits, *, out=None):
     """
     here = "cope_gates"
     x = _real(here, "logits", logits)
-    dtype = _widest(x.dtype)
+    dtype = widest(x.dtype)
     return _by_ufunc(_core.cope_gates, logits, (x.astype(dtype, copy=False),), x.shape,
                      dtype, here, out)  # fmt: skip
 
@@ -104,7 +112,7 @@ def cope_positions(gates, n_position, *, out=None):
     here = "cope_positions"
     x = _real(here, "gates", gates, 1)
     n_position = whole_number(here, "n_position", n_position, 1)
-    dtype = _widest(x.dtype)
+    dtype = widest(x.dtype)
     operands = x.astype(dtype, copy=False), float(n_position)
     return _by_ufunc(_core.cope_positions, gates, operands, x.shape, dtype, here, out)
 
@@ -155,7 +163,7 @@ def cope_interpolate(z, positions, *, out=None):
     here = "cope_interpolate"
     x, at = _real(here, "z", z, 1), _real(here, "positions", positions, 1)
     _check_positions(here, x)
-    dtype, kind = _dtypes(x.dtype, at.dtype)
+    dtype, kind = dtypes_of(x.dtype, at.dtype)
     shape = _broadcast(here, "positions", at, x.shape[:-1]) + at.shape[-1:]
     operands = x.astype(dtype, copy=False), at.astype(kind, copy=False)
     return _by_ufunc(_core.cope_interpolate, z, operands, shape, dtype, here, out)
@@ -254,14 +262,14 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
     rows = _broadcast(here, "z", table, x.shape[:-1])
     if seen is not None:
         rows = _mask_rows(here, seen, rows, x.shape[-1])
-    dtype, kind = _dtypes(x.dtype, table.dtype)
-    x, table = _in_type(x, dtype), _in_type(table, kind)
+    dtype, kind = dtypes_of(x.dtype, table.dtype)
+    x, table = aligned(x, dtype), aligned(table, kind)
     shape = (*rows, x.shape[-1])
     operands = (x, table) if seen is None else (x, table, seen)
     if not all(isinstance(part, np.ndarray) for part in operands):
         return _lazy_bias(x, table, seen, shape, causal, out)
     with np.errstate(all="ignore"):
-        answer, result = _result(here, logits, x, shape, dtype, out)
+        answer, result = result_like(here, logits, x, shape, dtype, out)
         table = np.broadcast_to(table, (*rows, table.shape[-1]))
         _run(x, table, seen, causal, result)
         tensors.mark_changed(out)
@@ -274,7 +282,7 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
 def _real(function, name, value, n_axis=0):
     """Return real numbers as an array of at least some axes."""
     array = as_array(function, name, value)
-    _real_kind(function, name, array.dtype)
+    real_kind(function, name, array.dtype)
     if array.ndim < n_axis:
         rule = "have at least " + ("one axis" if n_axis == 1 else "two axes")
         raise ValueError(must(function, name, rule, f"shape {array.shape}"))
@@ -312,58 +320,27 @@ def _mask_rows(function, mask, rows, n_key):
     return _broadcast(function, "mask", mask, rows)
 
 
-def _in_type(array, dtype):
-    """Return the array in a type and aligned, as it is if it can be."""
-    if array.dtype is not dtype:
-        array = array.astype(dtype, copy=False)
-    if isinstance(array, np.ndarray) and not array.flags.aligned:
-        return array.copy()
-    return array
-
-
 # --- results -------------------------------------------------------------------------
-
-
-def _result(function, given, x, shape, dtype, out):
-    """Return what the user gets, new or `out`, and the array of its memory."""
-    is_tensor = tensors.is_tensor(given)
-    if out is not None:
-        return out, out_array(function, out, shape, dtype, "out", is_tensor)
-    if is_tensor:
-        is_like = shape == tuple(given.shape)
-        answer = (tensors.empty_like(given, dtype) if is_like
-                  else tensors.empty(shape, dtype))  # fmt: skip
-        return answer, tensors.as_numpy(answer)
-    answer = np.empty_like(x) if shape == x.shape else np.empty(shape, dtype)
-    return answer, np.asarray(answer)
 
 
 def _by_ufunc(ufunc, given, operands, shape, dtype, function, out):
     """Call a ufunc, which handles any memory, and give back the kind of `given`."""
     with np.errstate(all="ignore"):
         if not all(isinstance(op, np.ndarray | float) for op in operands):
-            _no_out(function, operands, out)
+            no_out(function, operands, out)
             return ufunc(*operands)
         if out is None and not tensors.is_tensor(given):
             return ufunc(*operands)
-        answer, result = _result(function, given, operands[0], shape, dtype, out)
+        answer, result = result_like(function, given, operands[0], shape, dtype, out)
         ufunc(*operands, out=result)
         tensors.mark_changed(out)
         return answer
 
 
-def _no_out(function, operands, out):
-    """Raise if the result of another library's arrays is to go to an array."""
-    if out is not None:
-        kinds = [type(op).__name__ for op in operands if not isinstance(op, np.ndarray)]
-        rule = f"be None for operands of type {kinds[0]}"
-        raise TypeError(must(function, "out", rule, type(out).__name__))
-
-
 def _run(x, table, seen, causal, result):
     """Compute the bias of broadcast operands into an array, overlapping or not."""
     shape, target = result.shape, result
-    in_place = x.shape == shape and _are_one(x, result)
+    in_place = x.shape == shape and are_one(x, result)
     parts = [table, *([] if seen is None else [seen]), *([] if in_place else [x])]
     if not result.flags.aligned or any(np.may_share_memory(p, result) for p in parts):
         target = np.empty(shape, x.dtype)
@@ -374,14 +351,9 @@ def _run(x, table, seen, causal, result):
         result[...] = target
 
 
-def _are_one(a, b):
-    same = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return same and a.strides == b.strides
-
-
 def _lazy_bias(x, table, seen, shape, causal, out):
     """Compute the bias of another library's arrays: hidden logits become -inf."""
-    _no_out("cope_bias", (x, table, x if seen is None else seen), out)
+    no_out("cope_bias", (x, table, x if seen is None else seen), out)
     if causal:
         lower = np.tri(*shape[-2:], shape[-1] - shape[-2], dtype=np.bool)
         seen = lower if seen is None else seen & lower

@@ -15,8 +15,8 @@ from ml_dtypes import bfloat16
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_number, true_or_false
-from ._cope import _in_type, _mask
-from ._rope_check import _real_kind, _widest
+from ._cope import _mask
+from ._results import aligned, real_kind, widest
 
 
 def cope_attention(
@@ -283,7 +283,7 @@ def prepare(operands, mask, scale, position_scale, causal, function="cope_attent
     position_scale = real_number(function, "position_scale", position_scale)
     true_or_false(function, "causal", causal)
     dtype, kind = _dtypes(given)
-    arrays = {name: _form(name, _in_type(x, kind), sizes) for name, x in given.items()}
+    arrays = {name: _form(name, aligned(x, kind), sizes) for name, x in given.items()}
     if mask is not None:
         mask = _mask_form(mask, sizes)
     return Attention(
@@ -295,7 +295,7 @@ def _real(function, name, value):
     """Return an operand as a plain array of numbers that have a kernel."""
     array = _plain(function, name, as_array(function, name, value))
     if array.dtype not in _FLOATS:
-        _real_kind(function, name, array.dtype)
+        real_kind(function, name, array.dtype)
     return array
 
 
@@ -312,8 +312,8 @@ def _dtypes(given):
     q, *others = (x.dtype for x in given.values())
     if q in _FLOATS and all(dtype is q for dtype in others):
         return q, q
-    dtype = _widest(*(given[name].dtype for name in ("q", "k", "v")))
-    return dtype, _widest(dtype, q, *others)
+    dtype = widest(*(given[name].dtype for name in ("q", "k", "v")))
+    return dtype, widest(dtype, q, *others)
 
 
 def _form(name, array, sizes):
@@ -410,7 +410,7 @@ class Attention:
         What was broadcast, and the parts of the doors, is summed in a fixed order.
         """
         sizes, real, form = self.sizes, self.real(), self._rows_form()
-        out, grad = (_in_type(x, self.kind).reshape(form) for x in (out, grad))
+        out, grad = (aligned(x, self.kind).reshape(form) for x in (out, grad))
         statistics = statistics.reshape(*form[:-1], 2)
         n, g, r, t, d = form
         n_chunk = _core.cope_attention_chunks(n * g, r * t)

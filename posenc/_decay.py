@@ -9,7 +9,7 @@ from . import _core
 from . import _tensors as tensors
 from ._bias_spread import are_tensors, leading_axes, positions_of
 from ._check import must, real_array, real_dtype, real_number, whole_number
-from ._rope_check import table_result
+from ._results import table_result
 from ._scaling import checked_frequencies
 from ._sinusoidal import sinusoidal
 

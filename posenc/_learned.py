@@ -6,8 +6,8 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, one_of, real_number, whole_number
-from ._rope_check import _real_kind, table_result
-from ._rope_rows import _whole_numbers
+from ._results import real_kind, table_result
+from ._rope_rows import whole_numbers
 from ._table_rows import (
     Sum,
     add_lazily,
@@ -121,7 +121,7 @@ def add_learned(
     array = data_array(here, x)
     lead, dim = array.shape[:-1], array.shape[-1]
     rows = np.asarray(as_array(here, "table", table))
-    _real_kind(here, "table", rows.dtype)
+    real_kind(here, "table", rows.dtype)
     if rows.ndim != 2 or rows.shape[1] != dim:
         rule = f"be of shape (P, {dim}) for x of shape {tuple(array.shape)}"
         raise ValueError(must(here, "table", rule, f"shape {rows.shape}"))
@@ -211,7 +211,7 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
     here = "extend_table"
     one_of(here, "method", method, METHODS)
     old = np.asarray(as_array(here, "table", table))
-    _real_kind(here, "table", old.dtype)
+    real_kind(here, "table", old.dtype)
     if old.ndim != 2 or not len(old):
         rule = "be of shape (n, dim) with n at least 1"
         raise ValueError(must(here, "table", rule, f"shape {old.shape}"))
@@ -240,7 +240,7 @@ def _rows(function, lead, table, positions, offset, cu_seqlens, mask):
     if positions is None:
         given = counted(function, lead, offset, cu_seqlens)
     else:
-        given = _whole_numbers(function, "positions", positions)
+        given = whole_numbers(function, "positions", positions)
     placed = one_per_row(function, "positions", given, lead)
     outside = (placed < 0) | (placed >= len(table))
     if not outside.any():

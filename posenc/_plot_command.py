@@ -162,8 +162,11 @@ def draw_alibi_bias(figure, options):
     from .plot import plot_bias
 
     positions = np.arange(options.length)
-    heads = sorted({0, options.heads // 4, options.heads // 2})
-    slopes = alibi_slopes(options.heads)[heads]
+    slopes = alibi_slopes(options.heads)
+    steepest = np.argsort(-slopes, kind="stable")
+    places = {0, max(options.heads // 4, 1), max(options.heads // 2, 2)}
+    heads = steepest[sorted(place for place in places if place < options.heads)]
+    slopes = slopes[heads]
     bias = alibi_bias(slopes, positions, positions)
     bias[:, positions[:, None] < positions] = -np.inf
     figure.set_size_inches(1.6 + 4 * len(heads), 4.4)

@@ -8,15 +8,8 @@ import numpy as np
 from . import _tensors as tensors
 from ._check import as_array, must, one_of, real_array, real_dtype, whole_number
 from ._core import rope_arrays, rope_complex_arrays, rope_qk_arrays
-from ._rope_check import (
-    COMPLEX,
-    LAYOUTS,
-    Call,
-    fill_table,
-    pair,
-    table_pair,
-    table_result,
-)
+from ._results import pair, table_pair, table_result
+from ._rope_check import COMPLEX, LAYOUTS, Call, fill_table
 from ._rope_rows import rows_for
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from ml_dtypes import bfloat16
 
 from . import _core
 from . import _tensors as tensors
@@ -23,13 +22,13 @@ from ._check import (
     true_or_false,
     whole_number,
 )
+from ._results import dtypes_of, real_kind, share_memory, widest
 from ._rope_rows import choose_rows, sequence_axis
 
 ANGLES = ("exact", "float32")
 LAYOUTS = {"half": _core.rope_half, "interleaved": _core.rope_interleaved}
 ROUNDINGS = ("once", "eager")
 COMPLEX = {np.dtype(np.float32): np.complex64, np.dtype(np.float64): np.complex128}
-REAL_RULE = "be float16, bfloat16, float32 or float64"
 _DOORS = {
     "rope": _core.rope_arrays,
     "rope_qk": _core.rope_qk_arrays,
@@ -95,7 +94,7 @@ def _checked_table(function, table, inverse):
     else:
         parts = {name: as_array(function, name, part) for name, part in table.items()}
         for name, part in parts.items():
-            _real_kind(function, name, part.dtype)
+            real_kind(function, name, part.dtype)
         cos, sin = parts["cos"], parts["sin"]
         if cos.shape != sin.shape:
             rule = f"have the shape of cos, {cos.shape}"
@@ -113,7 +112,7 @@ def inverse_table(cos, sin):
 
     It is rounded to the dtype of the table, but to no less than float32.
     """
-    dtype = _widest(cos.dtype, sin.dtype, np.dtype(np.float32))
+    dtype = widest(cos.dtype, sin.dtype, np.dtype(np.float32))
     with np.errstate(all="ignore"):
         cos, sin = cos.astype(np.float64), sin.astype(np.float64)
         # By a power of two first, which costs no bit: squares of tables with a
@@ -148,7 +147,7 @@ class Operand(NamedTuple):
 def _real_array(function, name, x):
     """Return what is to be rotated as an array."""
     x = as_array(function, name, x)
-    _real_kind(function, name, x.dtype)
+    real_kind(function, name, x.dtype)
     if x.ndim == 0:
         raise ValueError(must(function, name, "have at least one axis", "shape ()"))
     return x
@@ -208,7 +207,7 @@ def _plan(call, operand, table):
     table, rows = choose_rows(call, name, x, table)
     table_name, first = next(iter(table.items()))  # the parts have one shape
     start = _first_channel(call, table_name, first.shape[-1], name, x.shape[-1])
-    dtype, kind = _dtypes(x.dtype, *(part.real.dtype for part in table.values()))
+    dtype, kind = dtypes_of(x.dtype, *(part.real.dtype for part in table.values()))
     answer, is_tensor = out, tensors.is_tensor(given)
     if out is not None:
         _only_arrays(call.function, out_name, out, {name: x, **table})
@@ -269,35 +268,6 @@ def _rows_like(call, name, table, rows, x_name, x):
         )
         raise ValueError(must(call.function, name, rule, f"shape {shown}"))
     return tuple(shape)
-
-
-# --- dtypes --------------------------------------------------------------------------
-
-
-def _real_kind(function, parameter, dtype):
-    """Raise unless numbers of this dtype can be rotated."""
-    is_float = dtype.kind == "f" and dtype.itemsize in (2, 4, 8)
-    if dtype.kind not in "biu" and not is_float and dtype != bfloat16:
-        raise TypeError(must(function, parameter, REAL_RULE, f"dtype {dtype}"))
-
-
-def _widest(*dtypes):
-    """Return the widest; whole numbers count as float64, two of 16 bits as float32."""
-    floats = {np.dtype(np.float64) if d.kind in "biu" else d.newbyteorder("=")
-              for d in dtypes}  # fmt: skip
-    if len(floats) == 1:
-        return floats.pop()
-    return np.dtype(np.float64 if np.dtype(np.float64) in floats else np.float32)
-
-
-def _dtypes(x, *table):
-    """Return the dtype of the result, and that of the table to compute it with."""
-    kind = _widest(*table)
-    if x.itemsize == 2 and x.kind not in "biu" and kind != np.float64:
-        x = x.newbyteorder("=")
-        return x, kind if kind == x else np.dtype(np.float32)
-    dtype = _widest(x, kind, np.dtype(np.float32))
-    return dtype, dtype
 
 
 # --- the ways to a result ------------------------------------------------------------
@@ -390,49 +360,7 @@ def _rotate_as_eager(layout, x, cos, sin=None):
     return np.concatenate([*turned, x[..., 2 * n_pair :]], axis=-1)
 
 
-def pair(function, out):
-    """Return the two arrays of an out argument, or two None."""
-    if out is None:
-        return None, None
-    if not isinstance(out, tuple | list) or len(out) != 2:
-        got = type(out).__name__
-        got += f" of length {len(out)}" if isinstance(out, tuple | list) else ""
-        raise TypeError(must(function, "out", "be a pair of arrays", got))
-    return out
-
-
-def share_memory(a, b):
-    """Tell whether two arrays hold a byte in common; None shares nothing."""
-    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
-        return False
-    return np.shares_memory(a, b)
-
-
 # --- tables --------------------------------------------------------------------------
-
-
-def table_result(function, parameter, out, shape, dtype, tensor):
-    """Return what the user gets, new or `out`, and the array of its memory."""
-    if out is not None:
-        return out, out_array(function, out, shape, dtype, parameter, tensor)
-    if tensor:
-        out = tensors.empty(shape, dtype)
-        return out, tensors.as_numpy(out)
-    out = np.empty(shape, dtype)
-    return out, out
-
-
-def table_pair(function, out, shape, dtype, tensor):
-    """Return the two tables that the user gets, and the arrays of their memory."""
-    outs = pair(function, out)
-    (cos_answer, cos), (sin_answer, sin) = (
-        table_result(function, f"out[{i}]", outs[i], shape, dtype, tensor)
-        for i in (0, 1)
-    )
-    if share_memory(cos, sin):
-        rule = "hold two arrays that do not overlap"
-        raise ValueError(must(function, "out", rule, "overlapping arrays"))
-    return (cos_answer, sin_answer), (cos, sin)
 
 
 def fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin):

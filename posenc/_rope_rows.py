@@ -57,11 +57,11 @@ def _rows_in_order(call, x_name, x, axis, table):
     n_token, n_row = x.shape[axis], first.shape[0]
     limit = f"lead to rows in [0, {n_row}), those of {name}"
     if call.cu_seqlens is not None:
-        ends, counts = _sequences(call.function, x_name, n_token, call.cu_seqlens)
-        offsets = _sequence_offsets(call.function, call.offset, counts)
+        ends, counts = sequences(call.function, x_name, n_token, call.cu_seqlens)
+        offsets = sequence_offsets(call.function, call.offset, counts)
         blamed = "cu_seqlens" if call.offset is None else "offset"
         _check_reach(call.function, blamed, offsets, counts, n_row, limit)
-        numbers = _packed_rows(ends, counts, offsets)
+        numbers = packed_rows(ends, counts, offsets)
         return table, Rows("cu_seqlens", "(N + 1,)", numbers.shape, numbers)
     offset = _offsets(call, x_name, x, axis)
     _check_reach(call.function, "offset", offset, n_token, n_row, limit)
@@ -70,7 +70,7 @@ def _rows_in_order(call, x_name, x, axis, table):
     if offset.ndim == 0:
         start = int(offset)
         return {n: part[start : start + n_token] for n, part in table.items()}, None
-    numbers = _batch_rows(offset, n_token)
+    numbers = batch_rows(offset, n_token)
     return table, Rows("offset", "() or (B,)", offset.shape, numbers)
 
 
@@ -96,17 +96,17 @@ def _rows_for(shapes, axis, offset, cu_seqlens):
     if any(other[axis] != n_token for other in shapes):
         return NotImplemented
     if cu_seqlens is not None:
-        ends, counts = _sequences("", "", n_token, cu_seqlens)
-        return _packed_rows(ends, counts, _sequence_offsets("", offset, counts))
-    offset = _whole_numbers("", "", offset)
+        ends, counts = sequences("", "", n_token, cu_seqlens)
+        return packed_rows(ends, counts, sequence_offsets("", offset, counts))
+    offset = whole_numbers("", "", offset)
     if offset.ndim == 0:
         return int(offset)
     if offset.ndim > 1 or axis % len(shape) == 0:
         return NotImplemented
-    return _batch_rows(offset, n_token)
+    return batch_rows(offset, n_token)
 
 
-def _whole_numbers(function, parameter, value):
+def whole_numbers(function, parameter, value):
     """Return an array of whole numbers."""
     array = as_array(function, parameter, value)
     if array.dtype.kind not in "iu":
@@ -117,7 +117,7 @@ def _whole_numbers(function, parameter, value):
 
 def _row_numbers(function, name, table, positions):
     """Return the row numbers that the user gave, all of them within the table."""
-    positions = _whole_numbers(function, "positions", positions)
+    positions = whole_numbers(function, "positions", positions)
     outside = (positions < 0) | (positions >= table.shape[0])
     if outside.any():
         index = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(outside)))
@@ -129,7 +129,7 @@ def _row_numbers(function, name, table, positions):
 
 def _offsets(call, x_name, x, axis):
     """Return the offset of all sequences, (), or of each, (B,)."""
-    offset = _whole_numbers(call.function, "offset", call.offset)
+    offset = whole_numbers(call.function, "offset", call.offset)
     per_sequence = offset.ndim == 1 and axis > 0 and offset.size in (1, x.shape[0])
     if offset.ndim and not per_sequence:
         rule = (
@@ -141,14 +141,14 @@ def _offsets(call, x_name, x, axis):
     return offset
 
 
-def _batch_rows(offset, n_token):
+def batch_rows(offset, n_token):
     """Return the row of each token of each sequence, (B, T)."""
     return offset.astype(np.int64)[:, None] + np.arange(n_token)
 
 
-def _sequences(function, x_name, n_token, cu_seqlens):
+def sequences(function, x_name, n_token, cu_seqlens):
     """Return where packed sequences begin and end, and how many tokens each has."""
-    ends, here = _whole_numbers(function, "cu_seqlens", cu_seqlens), "cu_seqlens"
+    ends, here = whole_numbers(function, "cu_seqlens", cu_seqlens), "cu_seqlens"
     if ends.ndim != 1 or ends.size == 0:
         rule, got = "be of shape (N + 1,)", f"shape {ends.shape}"
         raise ValueError(must(function, here, rule, got))
@@ -166,18 +166,18 @@ def _sequences(function, x_name, n_token, cu_seqlens):
     return ends, np.diff(ends)
 
 
-def _sequence_offsets(function, offset, counts):
+def sequence_offsets(function, offset, counts):
     """Return the offset of each packed sequence."""
     if offset is None:
         return np.zeros(counts.shape, np.int64)
-    offset = _whole_numbers(function, "offset", offset)
+    offset = whole_numbers(function, "offset", offset)
     if offset.shape not in ((), counts.shape):
         rule = f"be a whole number or of shape {counts.shape}, one per sequence"
         raise ValueError(must(function, "offset", rule, f"shape {offset.shape}"))
     return np.broadcast_to(offset, counts.shape)
 
 
-def _packed_rows(ends, counts, offsets):
+def packed_rows(ends, counts, offsets):
     """Return the row of each token of sequences packed one after another."""
     first = np.where(counts > 0, offsets, 0).astype(np.int64)
     return np.arange(ends[-1]) + np.repeat(first - ends[:-1], counts)

@@ -13,8 +13,9 @@ from ._check import (
     true_or_false,
     whole_number,
 )
-from ._rope_check import fill_table, table_pair
-from ._sinusoidal import INDEXINGS, _grid_axes
+from ._results import table_pair
+from ._rope_check import fill_table
+from ._sinusoidal import INDEXINGS, grid_axes
 
 # Elements of a table of xPos that are computed at once.
 _BLOCK = 1 << 14
@@ -104,7 +105,7 @@ def rope_table_axial(
     here = "rope_table_axial"
     dtype = real_dtype(here, dtype)
     one_of(here, "indexing", indexing, INDEXINGS)
-    axes = _grid_axes(here, shape)
+    axes = grid_axes(here, shape)
     n_axis = len(axes)
     inv_freq = real_array(here, "inv_freq", inv_freq)
     if inv_freq.ndim not in (1, 2) or inv_freq.shape[:-1] not in ((), (n_axis,)):

@@ -18,7 +18,7 @@ from ._check import (
     true_or_false,
     whole_number,
 )
-from ._rope_check import share_memory, table_result
+from ._results import share_memory, table_result
 from ._table_rows import (
     Sum,
     add_lazily,
@@ -219,7 +219,7 @@ def sinusoidal_grid(
     here = "sinusoidal_grid"
     dtype = real_dtype(here, dtype)
     one_of(here, "indexing", indexing, INDEXINGS)
-    axes = _grid_axes(here, shape)
+    axes = grid_axes(here, shape)
     n_axis = len(axes)
     dim = whole_number(here, "dim", dim, 1)
     if dim % (2 * n_axis):
@@ -371,7 +371,7 @@ def add_sinusoidal(
         return total.add(door, table.form, positions, mask, scale, given)
 
 
-def _grid_axes(function, shape):
+def grid_axes(function, shape):
     """Return the positions along each axis of a grid."""
     if not isinstance(shape, tuple | list) or not shape:
         rule = "be a tuple with the size or the positions of at least one axis"

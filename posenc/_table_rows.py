@@ -7,21 +7,20 @@ import numpy as np
 
 from . import _tensors as tensors
 from ._check import as_array, must
-from ._cope import _are_one, _in_type, _no_out, _result
-from ._rope_check import _dtypes, _real_kind
+from ._results import aligned, are_one, dtypes_of, no_out, real_kind, result_like
 from ._rope_rows import (
-    _batch_rows,
-    _packed_rows,
-    _sequence_offsets,
-    _sequences,
-    _whole_numbers,
+    batch_rows,
+    packed_rows,
+    sequence_offsets,
+    sequences,
+    whole_numbers,
 )
 
 
 def data_array(function, x):
     """Return the data as an array with axes for tokens and channels."""
     array = as_array(function, "x", x)
-    _real_kind(function, "x", array.dtype)
+    real_kind(function, "x", array.dtype)
     if array.ndim < 2:
         rule = "have at least two axes, of tokens and of channels"
         raise ValueError(must(function, "x", rule, f"shape {array.shape}"))
@@ -32,18 +31,18 @@ def counted(function, lead, offset, cu_seqlens):
     """Return the position of each token that nobody has numbered, (T,) or (B, T)."""
     n_token = lead[-1]
     if cu_seqlens is not None:
-        ends, counts = _sequences(function, "x", n_token, cu_seqlens)
-        offsets = _sequence_offsets(function, offset, counts)
-        return _packed_rows(ends, counts, offsets)
+        ends, counts = sequences(function, "x", n_token, cu_seqlens)
+        offsets = sequence_offsets(function, offset, counts)
+        return packed_rows(ends, counts, offsets)
     if offset is None:
         return np.arange(n_token)
-    offset = _whole_numbers(function, "offset", offset)
+    offset = whole_numbers(function, "offset", offset)
     if offset.ndim == 0:
         return int(offset) + np.arange(n_token)
     if offset.ndim != 1 or len(lead) < 2 or offset.size not in (1, lead[0]):
         rule = f"be a whole number or of shape (B,), for rows of shape {tuple(lead)}"
         raise ValueError(must(function, "offset", rule, f"shape {offset.shape}"))
-    return _batch_rows(offset, n_token)
+    return batch_rows(offset, n_token)
 
 
 def refuse_both(function, positions, offset, cu_seqlens):
@@ -101,9 +100,9 @@ class Sum:
     """
 
     def __init__(self, function, given, x, table_dtype, out):
-        dtype, self.table_dtype = _dtypes(x.dtype, np.dtype(table_dtype))
-        self.x = _in_type(x, dtype)
-        self.answer, self.result = _result(
+        dtype, self.table_dtype = dtypes_of(x.dtype, np.dtype(table_dtype))
+        self.x = aligned(x, dtype)
+        self.answer, self.result = result_like(
             function, given, self.x, x.shape, dtype, out
         )  # fmt: skip
         self.out = out
@@ -115,7 +114,7 @@ class Sum:
         """
         result = target = self.result
         x = np.asarray(self.x)
-        parts = [*others, *([] if _are_one(x, result) else [x])]
+        parts = [*others, *([] if are_one(x, result) else [x])]
         if not result.flags.aligned or any(
             np.may_share_memory(part, result) for part in parts
         ):
@@ -134,8 +133,8 @@ def add_lazily(function, x, table_dtype, rows, mask, scale, out, add=np.add):
 
     Numbers of 16 bits are added in float32 and rounded once, as the kernels do.
     """
-    _no_out(function, (x,), out)
-    dtype, _ = _dtypes(x.dtype, np.dtype(table_dtype))
+    no_out(function, (x,), out)
+    dtype, _ = dtypes_of(x.dtype, np.dtype(table_dtype))
     wide = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
     x = x.astype(wide)
     if scale != 1:

@@ -23,11 +23,10 @@ from ._bias import t5_bias as plain_t5_bias
 from ._bias import t5_bucket as plain_t5_bucket
 from ._bias_spread import check_logits, check_shape, in_type
 from ._check import must, one_of, real_number, true_or_false, whole_number
-from ._rope_check import REAL_RULE
-from ._torch_check import as_tensor, check_tensor, refuse_out
+from ._results import REAL_RULE
+from ._torch_check import as_tensor, check_tensor, float_dtype, refuse_out
 from ._torch_cope_ops import _register
 from ._torch_ops import _bare, _is_compiling, register, transformed, undisturbed
-from ._torch_tables import float_dtype
 
 # --- operators -----------------------------------------------------------------------
 

@@ -2,9 +2,13 @@
 
 # SPDX-License-Identifier: BSD-3-Clause
 
+import numpy as np
 import torch
 
 from ._check import must
+from ._results import REAL_RULE
+
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def as_tensor(function, name, value):
@@ -37,3 +41,20 @@ def refuse_out(function, out, inputs):
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *out)):
         rule, got = "be None where gradients are needed", "a tensor"
         raise TypeError(must(function, "out", rule, got))
+
+
+def float_dtype(function, dtype):
+    """Return a dtype of NumPy or torch as torch's; raise unless it is one of ours."""
+    if isinstance(dtype, torch.dtype):
+        if dtype in FLOATS:
+            return dtype
+        got = str(dtype).removeprefix("torch.")
+        raise TypeError(must(function, "dtype", REAL_RULE, got))
+    try:
+        got = repr(dtype) if dtype is None else np.dtype(dtype).name
+    except TypeError:
+        got = repr(dtype)
+    for own in FLOATS:
+        if str(own) == f"torch.{got}":
+            return own
+    raise TypeError(must(function, "dtype", REAL_RULE, got))

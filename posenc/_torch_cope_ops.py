@@ -12,11 +12,10 @@ import torch
 from . import _core
 from . import _tensors as tensors
 from ._check import must
-from ._cope import _in_type
 from ._cope import cope_bias as plain_cope_bias
 from ._cope_attention import cope_attention as plain_cope_attention
 from ._cope_attention import prepare, sizes_of, sum_to
-from ._rope_check import _dtypes
+from ._results import aligned, dtypes_of
 from ._torch_ops import (
     _HALF_SIZED,
     _are_plain,
@@ -301,16 +300,16 @@ def _bias_backward(grad, logits, z, mask, causal):
 @np.errstate(all="ignore")
 def _bias_gradients(logits, z, mask, causal, grad):
     """Return the gradients of logits and z in their shapes, of real type."""
-    dtype, kind = _dtypes(logits.dtype, z.dtype)
+    dtype, kind = dtypes_of(logits.dtype, z.dtype)
     shape, wide = grad.shape, (*grad.shape[:-1], z.shape[-1])
     given = (
-        np.broadcast_to(_in_type(logits, dtype), shape),
-        np.broadcast_to(_in_type(z, kind), wide),
+        np.broadcast_to(aligned(logits, dtype), shape),
+        np.broadcast_to(aligned(z, kind), wide),
         None if mask is None else np.broadcast_to(mask, shape),
     )
     real = np.float64 if dtype == np.float64 else np.float32
     dlogits, dz = np.empty(shape, real), np.empty(wide, real)
-    grad = _in_type(grad, dtype)
+    grad = aligned(grad, dtype)
     _core.cope_bias_backward_arrays(*given, causal, grad, dlogits, dz)
     return tuple(
         sum_to(gradient, operand.shape).reshape(operand.shape)

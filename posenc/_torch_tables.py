@@ -8,13 +8,12 @@ The operators are what `torch.compile` keeps in its graphs; they stand below aut
 import copy
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from . import _learned, _sinusoidal
 from ._check import must, one_of, real_number, true_or_false, whole_number
-from ._rope_check import REAL_RULE
-from ._torch_check import as_tensor, check_tensor, refuse_out
+from ._results import REAL_RULE
+from ._torch_check import FLOATS, as_tensor, check_tensor, float_dtype, refuse_out
 from ._torch_cope_ops import _bares, _need_gradients, _plain, _register
 from ._torch_ops import Rows, _nothing, fresh, register, transformed
 
@@ -201,31 +200,11 @@ def _places(function, positions, offset, cu_seqlens, padding_mask):
     return Places(*(None if v is None else as_tensor(function, n, v) for n, v in given))
 
 
-_FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
-
-
 def _refuse_ids(module, x):
     """Raise for a tensor of whole numbers, where a module is to add to embeddings."""
     if isinstance(x, torch.Tensor) and not (x.is_floating_point() or x.is_complex()):
         rule, got = "hold embeddings, not token ids", str(x.dtype)
         raise TypeError(must(type(module).__name__, "x", rule, f"dtype {got}"))
-
-
-def float_dtype(function, dtype):
-    """Return a dtype of NumPy or torch as torch's; raise unless it is one of ours."""
-    if isinstance(dtype, torch.dtype):
-        if dtype in _FLOATS:
-            return dtype
-        got = str(dtype).removeprefix("torch.")
-        raise TypeError(must(function, "dtype", REAL_RULE, got))
-    try:
-        got = repr(dtype) if dtype is None else np.dtype(dtype).name
-    except TypeError:
-        got = repr(dtype)
-    for own in _FLOATS:
-        if str(own) == f"torch.{got}":
-            return own
-    raise TypeError(must(function, "dtype", REAL_RULE, got))
 
 
 def _check_data(function, x):
@@ -605,7 +584,7 @@ class LearnedEmbedding(torch.nn.Module):
         """
         here = "LearnedEmbedding"
         check_tensor(here, "table", table)
-        if table.dtype not in _FLOATS:
+        if table.dtype not in FLOATS:
             got = f"dtype {str(table.dtype).removeprefix('torch.')}"
             raise TypeError(must(here, "table", REAL_RULE, got))
         if table.ndim != 2:

@@ -14,10 +14,11 @@ import torch
 from . import _torch_ops
 from ._check import must, one_of, true_or_false, whole_number
 from ._core import rope_arrays, rope_qk_arrays
+from ._results import pair
 from ._rope import rope as plain_rope
 from ._rope import rope_qk as plain_rope_qk
 from ._rope import rope_table
-from ._rope_check import ANGLES, LAYOUTS, pair
+from ._rope_check import ANGLES, LAYOUTS
 from ._scaling import rope_inv_freq
 from ._torch_bias import ALiBi, T5Bias, alibi_bias, fire_bias, kerple_bias, t5_bias
 from ._torch_check import as_tensor, check_tensor, refuse_out
