@@ -21,7 +21,7 @@ stores_pass_caches(bool in_place, size_t n_byte)
 void
 rope_task_choose_stores(rope_task *task, bool in_place, size_t result_bytes)
 {
-    task->within.stream = !in_place && result_bytes >= MIN_STREAM_SIZE;
+    task->within.stream = stores_pass_caches(in_place, result_bytes);
 }
 
 void
@@ -117,7 +117,7 @@ sinusoidal_task_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND]
 void
 cope_task_choose_stores(cope_task *task, bool in_place, size_t n_byte)
 {
-    task->within.stream = !in_place && n_byte >= MIN_STREAM_SIZE;
+    task->within.stream = stores_pass_caches(in_place, n_byte);
 }
 
 void

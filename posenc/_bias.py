@@ -13,6 +13,7 @@ from ._check import (
     must,
     one_of,
     out_array,
+    positive_number,
     real_dtype,
     real_number,
     true_or_false,
@@ -589,8 +590,7 @@ def sandwich_bias(
     dim = whole_number(here, "dim", dim, 2)
     if dim % 2:
         raise ValueError(must(here, "dim", "be even", dim))
-    rule = "be a finite number above 0"
-    theta = real_number(here, "theta", theta, rule, lambda value: value > 0)
+    theta = positive_number(here, "theta", theta)
     dtype = real_dtype(here, dtype)
     q = positions_of(here, "q_positions", q_positions)
     k = positions_of(here, "k_positions", k_positions)

@@ -61,6 +61,13 @@ def real_number(function, parameter, value, rule="be a finite number", holds=Non
     return value
 
 
+def positive_number(function, parameter, value):
+    """Return `value` as a float; raise unless it is finite and above 0."""
+    return real_number(
+        function, parameter, value, "be a positive number", lambda number: number > 0
+    )
+
+
 def real_dtype(function, dtype):
     """Return `dtype`, of NumPy or torch, as NumPy's float32 or float64."""
     rule = "be float32 or float64"

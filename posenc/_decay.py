@@ -8,7 +8,14 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._bias_spread import are_tensors, leading_axes, positions_of
-from ._check import must, real_array, real_dtype, real_number, whole_number
+from ._check import (
+    must,
+    positive_number,
+    real_array,
+    real_dtype,
+    real_number,
+    whole_number,
+)
 from ._results import table_result
 from ._scaling import checked_frequencies
 from ._sinusoidal import sinusoidal
@@ -151,8 +158,7 @@ def sinusoidal_similarity(
     """
     here = "sinusoidal_similarity"
     dim = whole_number(here, "dim", dim, 0)
-    rule = "be a positive number"
-    theta = real_number(here, "theta", theta, rule, lambda value: value > 0)
+    theta = positive_number(here, "theta", theta)
     dtype = real_dtype(here, dtype)
     tensor = are_tensors(positions_a, positions_b)
     a = positions_of(here, "positions_a", positions_a)

@@ -7,6 +7,7 @@ from . import _tensors as tensors
 from ._check import (
     must,
     one_of,
+    positive_number,
     real_array,
     real_dtype,
     real_number,
@@ -324,9 +325,8 @@ def rope_table_xpos(
     here = "rope_table_xpos"
     dtype = real_dtype(here, dtype)
     true_or_false(here, "keys", keys)
-    rule = "be a positive number"
-    scale_base = real_number(here, "scale_base", scale_base, rule, lambda v: v > 0)
-    gamma = real_number(here, "gamma", gamma, rule, lambda v: v > 0)
+    scale_base = positive_number(here, "scale_base", scale_base)
+    gamma = positive_number(here, "gamma", gamma)
     reference = real_number(here, "reference", reference)
     tensor = tensors.is_tensor(positions)
     positions = real_array(here, "positions", positions)

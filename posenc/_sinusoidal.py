@@ -12,6 +12,7 @@ from ._check import (
     as_array,
     must,
     one_of,
+    positive_number,
     real_array,
     real_dtype,
     real_number,
@@ -407,8 +408,7 @@ class _Table:
         if flip and layout == "concat_flipped":
             rule = "be False with layout 'concat_flipped'"
             raise ValueError(must(function, "flip_sin_to_cos", rule, True))
-        rule = "be a positive number"
-        theta = real_number(function, "theta", theta, rule, lambda value: value > 0)
+        theta = positive_number(function, "theta", theta)
         scale = real_number(function, "scale", scale)
         n_pair = dim // 2
         shift = real_number(function, "downscale_freq_shift", shift)

@@ -11,8 +11,16 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _learned, _sinusoidal
-from ._check import must, one_of, real_number, true_or_false, whole_number
+from ._check import (
+    must,
+    one_of,
+    positive_number,
+    real_number,
+    true_or_false,
+    whole_number,
+)
 from ._results import REAL_RULE
+from ._table_rows import refuse_both
 from ._torch_check import FLOATS, as_tensor, check_tensor, float_dtype, refuse_out
 from ._torch_cope_ops import _bares, _need_gradients, _plain, _register
 from ._torch_ops import Rows, _nothing, fresh, register, transformed
@@ -192,10 +200,7 @@ def _composed(x, rows, places, scale, dtype):
 
 def _places(function, positions, offset, cu_seqlens, padding_mask):
     """Return what tells where tokens stand, as tensors."""
-    for name, value in (("offset", offset), ("cu_seqlens", cu_seqlens)):
-        if positions is not None and value is not None:
-            rule = f"not be given together with {name}"
-            raise ValueError(must(function, "positions", rule, "both"))
+    refuse_both(function, positions, offset, cu_seqlens)
     given = Places(positions, offset, cu_seqlens, padding_mask)._asdict().items()
     return Places(*(None if v is None else as_tensor(function, n, v) for n, v in given))
 
@@ -282,8 +287,7 @@ def add_sinusoidal(
     _check_data(here, x)
     places = _places(here, positions, offset, cu_seqlens, padding_mask)
     one_of(here, "layout", layout, _sinusoidal.LAYOUTS)
-    rule = "be a positive number"
-    theta = real_number(here, "theta", theta, rule, lambda value: value > 0)
+    theta = positive_number(here, "theta", theta)
     shift = real_number(here, "downscale_freq_shift", downscale_freq_shift)
     sines = Sines(scale, theta, layout, shift)
     given = x, *places
@@ -443,9 +447,8 @@ class SinusoidalEmbedding(torch.nn.Module):
         super().__init__()
         here = "SinusoidalEmbedding"
         one_of(here, "layout", layout, _sinusoidal.LAYOUTS)
-        rule = "be a positive number"
         self.scale = real_number(here, "scale", scale)
-        self.theta = real_number(here, "theta", theta, rule, lambda value: value > 0)
+        self.theta = positive_number(here, "theta", theta)
         self.layout = layout
         self.downscale_freq_shift = real_number(
             here, "downscale_freq_shift", downscale_freq_shift

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ._check import must, real_number, whole_number
+from ._check import must, positive_number, whole_number
 from ._decay import complete_turns, rope_decay, sinusoidal_similarity, wavelengths
 from ._plot_axes import (
     CURVES,
@@ -189,8 +189,7 @@ def plot_wavelengths(inv_freqs, length, *, axes=None):
     """
     here = "plot_wavelengths"
     inv_freqs = _frequencies(here, inv_freqs)
-    rule = "be a positive number"
-    length = real_number(here, "length", length, rule, lambda value: value > 0)
+    length = positive_number(here, "length", length)
     axes = axes_or_new(here, axes, CURVES)
     axes.set_yscale("log")
     axes.axhline(length, color=GREY, linewidth=1)
@@ -244,8 +243,7 @@ def plot_similarity(dim=128, positions=None, *, theta=10000.0, axes=None):
     """
     here = "plot_similarity"
     dim = whole_number(here, "dim", dim, 1)
-    rule = "be a positive number"
-    theta = real_number(here, "theta", theta, rule, lambda value: value > 0)
+    theta = positive_number(here, "theta", theta)
     if positions is None:
         positions = np.arange(POSITIONS)
     positions = values_of(here, "positions", positions, 1)

@@ -163,36 +163,28 @@ def test_results_are_those_of_the_plain_function(family, places, dtype):
         assert torch.allclose(got, want, rtol=eps, atol=FLOAT64_TOLERANCE)
 
 
-def test_gradients_of_t5_are_those_of_transformers():
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_gradients_of_t5_are_those_of_transformers(is_decoder):
+    """Theirs in float64: in float32 theirs lose the last digits of long sums."""
     models = pytest.importorskip("transformers.models.t5.modeling_t5")
-    config = pytest.importorskip("transformers").T5Config(num_heads=6)
-    for is_decoder in (False, True):
-        config.is_decoder = is_decoder
-        theirs = models.T5Attention(
-            config, has_relative_attention_bias=True, layer_idx=0
-        )
-        torch.nn.init.normal_(theirs.relative_attention_bias.weight)
-        ours = T5Bias(6, bidirectional=not is_decoder)
-        ours.load_state_dict(theirs.relative_attention_bias.state_dict())
-        want = theirs.compute_bias(300, 500, past_seen_tokens=200)[0]
-        got = ours(300, 500)
-        assert torch.equal(got, want)
-        grad = torch.randn_like(want)
-        want.backward(grad)
-        got.backward(grad)
-        want, got = theirs.relative_attention_bias.weight.grad, ours.weight.grad
-        size = float(want.abs().max())
-        assert torch.allclose(got, want, rtol=0, atol=SUM_TOLERANCE * size)
-        # And by float64.
-        bucket = posenc.t5_bucket(
-            torch.arange(500)[None] - torch.arange(200, 500)[:, None],
-            bidirectional=not is_decoder,
-        )
-        exact = torch.zeros(32, 6, dtype=torch.float64).index_add_(
-            0, bucket.flatten(), grad.double().flatten(1).T
-        )
-        tolerance = {"rtol": ROUNDED_ONCE, "atol": ORDER_TOLERANCE * size}
-        assert torch.allclose(got.double(), exact, **tolerance)
+    config = pytest.importorskip("transformers").T5Config(
+        num_heads=6, is_decoder=is_decoder
+    )
+    theirs = models.T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
+    embedding = theirs.relative_attention_bias
+    torch.nn.init.normal_(embedding.weight)
+    ours = T5Bias(6, bidirectional=not is_decoder)
+    ours.load_state_dict(embedding.state_dict())
+    got = ours(300, 500)
+    theirs.double()
+    want = theirs.compute_bias(300, 500, past_seen_tokens=200)[0]
+    assert torch.equal(got.double(), want)
+    grad = torch.randn_like(got)
+    got.backward(grad)
+    want.backward(grad.double())
+    got, want = ours.weight.grad.double(), embedding.weight.grad
+    atol = ORDER_TOLERANCE * float(want.abs().max())
+    assert torch.allclose(got, want, rtol=ROUNDED_ONCE, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
