@@ -91,10 +91,14 @@ def frequency(rng, shape, dtype):
 
 
 def contextual(rng, shape, dtype):
-    """Logits: ordinary ones, some that hide their key, some that are whole gates."""
+    """Logits: ordinary ones, some that hide their key, some that are whole gates.
+
+    Those are 1 also in what a count of float32 keeps of a gate, units of 2^-45: at
+    whole positions a NaN in the next entry of z is not met.
+    """
     values = rng.standard_normal(shape).astype(dtype)
     values[rng.random(shape) < 0.1] = -np.inf
-    values[rng.random(shape) < 0.1] = 30
+    values[rng.random(shape) < 0.1] = 40
     return values
 
 
