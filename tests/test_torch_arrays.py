@@ -540,6 +540,26 @@ def test_table_dtypes_of_torch_are_named_in_errors():
         posenc.rope_cis([1], [1.0], dtype=torch.complex32)
 
 
+@pytest.mark.parametrize(
+    ("parameter", "call"),
+    [
+        ("rope_table: positions", lambda t: posenc.rope_table(t, [1.0])),
+        ("rope_cis: positions", lambda t: posenc.rope_cis(t, [1.0])),
+        ("sinusoidal: positions", lambda t: posenc.sinusoidal(t, 4)),
+        ("rope_decay: distance", lambda t: posenc.rope_decay(t, [1.0])),
+        ("alibi_bias: k_positions", lambda t: posenc.alibi_bias([1.0], [2], t)),
+        (
+            "add_sinusoidal: positions",
+            lambda t: posenc.add_sinusoidal(torch.zeros(3, 4), positions=t),
+        ),
+    ],
+)
+def test_booleans_are_no_positions(parameter, call):
+    rule = "must hold real numbers that float64 can hold; got dtype bool"
+    with pytest.raises(TypeError, match=f"^{parameter} {rule}$"):
+        call(torch.tensor([True, False, True]))
+
+
 def test_tables_are_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         cos, sin = posenc.rope_table(torch.arange(5, device="cpu"), [1.0])
