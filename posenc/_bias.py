@@ -7,7 +7,7 @@ import numpy as np
 
 from . import _core
 from . import _tensors as tensors
-from ._bias_spread import Bias, are_tensors, parameters, positions_of, spread
+from ._bias_spread import Bias, parameters, positions_of, spread
 from ._check import (
     as_array,
     must,
@@ -20,6 +20,7 @@ from ._check import (
     whole_number,
 )
 from ._results import widest
+from ._tensors import are_tensors
 
 KERNELS = ("log", "power")
 

@@ -77,11 +77,6 @@ def leading_axes(function, name, first, second):
         raise ValueError(must(function, name, rule, second.shape[:-1])) from None
 
 
-def are_tensors(*given):
-    """Tell whether any of them is a torch tensor."""
-    return any(map(tensors.is_tensor, given))
-
-
 # --- the call ------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ def real_array(function, parameter, value, dtype=np.float64):
     """Return `value` as an array of a type; raise unless it holds real numbers."""
     array = np.asarray(as_array(function, parameter, value))
     kind = array.dtype.kind
-    if (kind not in "biuf" or array.itemsize > 8) and array.dtype.name != "bfloat16":
+    if (kind not in "iuf" or array.itemsize > 8) and array.dtype.name != "bfloat16":
         rule = "hold real numbers that float64 can hold"
         raise TypeError(must(function, parameter, rule, f"dtype {array.dtype}"))
     if kind in "iu" and array.itemsize == 8 and array.size:

@@ -7,6 +7,7 @@ from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, true_or_false, whole_number
 from ._results import (
+    REAL_RULE,
     aligned,
     are_one,
     dtypes_of,
@@ -162,6 +163,8 @@ def cope_interpolate(z, positions, *, out=None):
     """
     here = "cope_interpolate"
     x, at = _real(here, "z", z, 1), _real(here, "positions", positions, 1)
+    if at.dtype == np.bool:
+        raise TypeError(must(here, "positions", REAL_RULE, "dtype bool"))
     _check_positions(here, x)
     dtype, kind = dtypes_of(x.dtype, at.dtype)
     shape = _broadcast(here, "positions", at, x.shape[:-1]) + at.shape[-1:]

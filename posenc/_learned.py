@@ -21,6 +21,9 @@ from ._table_rows import (
 
 METHODS = ("hierarchical", "linear", "tile")
 
+# Elements between rows of a table that are computed at once.
+_BLOCK = 1 << 16
+
 
 def add_learned(
     x,
@@ -162,7 +165,8 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
         are seen again, closer together. ``'tile'`` repeats the table.
     alpha : float, default 0.4
         Share of the leading digit for ``'hierarchical'``, in (0, 1) but not 0.5, which
-        would give two positions one row wherever their digits change places.
+        would give two positions one row wherever their digits change places. Other
+        methods do not look at it.
     out : ndarray or torch.Tensor, shape (length, dim), optional
         Where the result goes: of the kind and dtype of the table.
 
@@ -217,20 +221,15 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
         raise ValueError(must(here, "table", rule, f"shape {old.shape}"))
     n = len(old)
     length = whole_number(here, "length", length, n)
-    if method == "hierarchical" and length > n * n:
-        rule = f"be at most {n * n}, the square of the table's rows, for 'hierarchical'"
-        raise ValueError(must(here, "length", rule, length))
-    rule = "be greater than 0, less than 1 and not 0.5"
-    alpha = real_number(
-        here, "alpha", alpha, rule, lambda value: 0 < value < 1 and value != 0.5
-    )
+    if method == "hierarchical":
+        alpha = _check_digits(here, n, length, alpha)
     dtype = np.dtype(np.float64) if old.dtype.kind in "biu" else old.dtype
     dtype, tensor = dtype.newbyteorder("="), tensors.is_tensor(table)
     answer, result = table_result(
         here, "out", out, (length, old.shape[1]), dtype, tensor
     )
     with np.errstate(all="ignore"):
-        result[...] = _extended(old, length, method, alpha, dtype)
+        _extend(old, length, method, alpha, result)
     tensors.mark_changed(out)
     return answer
 
@@ -267,22 +266,56 @@ def _rows(function, lead, table, positions, offset, cu_seqlens, mask):
     return np.where(outside, 0, placed)
 
 
-def _extended(old, length, method, alpha, dtype):
-    """Return the rows of a longer table."""
-    n = len(old)
-    place = np.arange(length)
+def _check_digits(function, n, length, alpha):
+    """Return alpha as a float; raise unless two digits to base n reach a length."""
+    if length > n * n:
+        rule = f"be at most {n * n}, the square of the table's rows, for 'hierarchical'"
+        raise ValueError(must(function, "length", rule, length))
+    rule = "be greater than 0, less than 1 and not 0.5"
+    return real_number(
+        function, "alpha", alpha, rule, lambda value: 0 < value < 1 and value != 0.5
+    )
+
+
+def _extend(old, length, method, alpha, result):
+    """Write a longer table, maybe to the memory of the old one."""
     if method == "tile":
-        return old[place % n]
-    wide = old.astype(np.float64)
-    if method == "linear":
-        exact = place * ((n - 1) / max(length - 1, 1))
-        low = np.minimum(exact.astype(np.intp), n - 1)
-        weight = (exact - low)[:, None]
-        high = np.minimum(low + 1, n - 1)
-        new = wide[low] * (1 - weight) + wide[high] * weight
-        new[-1] = wide[-1]
-        return new.astype(dtype)
-    base = (wide - alpha * wide[:1]) / (1 - alpha)
-    new = (alpha * base[place // n] + (1 - alpha) * base[place % n]).astype(dtype)
-    new[:n] = old
-    return new
+        result[...] = old[np.arange(length) % len(old)]
+    elif method == "linear":
+        _stretch(old.astype(np.float64), result)
+    else:
+        _combine_digits(old, alpha, result)
+
+
+def _stretch(wide, result):
+    """Write rows between those of a table, block by block: each from two of them."""
+    n, length = len(wide), len(result)
+    exact = np.arange(length) * ((n - 1) / max(length - 1, 1))
+    low = np.minimum(exact.astype(np.intp), n - 1)
+    high = np.minimum(low + 1, n - 1)
+    weight = (exact - low)[:, None]
+    n_row = max(_BLOCK // max(wide.shape[1], 1), 1)
+    room = np.empty((2, min(n_row, length), wide.shape[1]))
+    for start in range(0, length, n_row):
+        block = slice(start, start + n_row)
+        before, after = room[:, : len(low[block])]
+        wide.take(low[block], axis=0, out=before, mode="clip")
+        wide.take(high[block], axis=0, out=after, mode="clip")
+        before *= 1 - weight[block]
+        after *= weight[block]
+        before += after
+        result[block] = before
+    result[-1] = wide[-1]
+
+
+def _combine_digits(old, alpha, result):
+    """Write the old rows, then of each leading digit its row plus all the last ones."""
+    leading, n = old.astype(np.float64), len(old)
+    leading -= alpha * leading[:1]
+    leading /= 1 - alpha
+    last = (1 - alpha) * leading
+    leading *= alpha
+    result[:n] = old
+    for start in range(n, len(result), n):
+        rows = result[start : start + n]
+        np.add(leading[start // n], last[: len(rows)], out=rows, casting="same_kind")

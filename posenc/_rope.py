@@ -343,12 +343,12 @@ def rope_table(
     dtype : dtype, default float32
         Either float32 or float64, of NumPy or torch.
     out : pair of ndarray or torch.Tensor, shape (..., M), optional
-        Where cosines and sines go, of that dtype and of the kind of `positions`.
+        Where cosines and sines go, of that dtype and of the kind of the result.
 
     Returns
     -------
     cos, sin : ndarray or torch.Tensor, shape (..., M)
-        The table; `out` if it was given. Tensors if `positions` is one.
+        The table; `out` if it was given. Tensors if an argument is one.
 
     Raises
     ------
@@ -384,7 +384,7 @@ def rope_table(
     array([1.        , 0.5403023 , 0.93675214], dtype=float32)
     """
     dtype = real_dtype("rope_table", dtype)
-    tensor = tensors.is_tensor(positions)
+    tensor = tensors.are_tensors(positions, inv_freq)
     positions = real_array("rope_table", "positions", positions)
     inv_freq = real_array("rope_table", "inv_freq", inv_freq)
     shape, form = positions.shape + inv_freq.shape, (dtype, tensor)
@@ -417,13 +417,13 @@ def rope_cis(
     dtype : dtype, default complex64
         Either complex64 or complex128, of NumPy or torch.
     out : ndarray or torch.Tensor, shape (..., M), optional
-        Where the table goes, of that dtype and of the kind of `positions`.
+        Where the table goes, of that dtype and of the kind of the result.
 
     Returns
     -------
     ndarray or torch.Tensor, shape (..., M)
         ``cos + 1j * sin``, both as exact as in `rope_table`; `out` if given. A
-        tensor if `positions` is one.
+        tensor if an argument is one.
 
     Raises
     ------
@@ -450,7 +450,7 @@ def rope_cis(
     if dtype not in COMPLEX.values():
         rule = "be complex64 or complex128"
         raise TypeError(must("rope_cis", "dtype", rule, repr(dtype)))
-    tensor = tensors.is_tensor(positions)
+    tensor = tensors.are_tensors(positions, inv_freq)
     positions = real_array("rope_cis", "positions", positions)
     inv_freq = real_array("rope_cis", "inv_freq", inv_freq)
     shape = positions.shape + inv_freq.shape
@@ -478,7 +478,7 @@ def rope_matrix(position, inv_freq, *, layout="half"):
     -------
     ndarray or torch.Tensor, shape (..., 2 * M, 2 * M)
         R in float64, with ``R @ x == rope(x, cos, sin)`` for a column x; a tensor
-        if `position` is one.
+        if an argument is one.
 
     Raises
     ------
@@ -502,7 +502,7 @@ def rope_matrix(position, inv_freq, *, layout="half"):
            [ 0.841,  0.54 ]])
     """
     one_of("rope_matrix", "layout", layout, LAYOUTS)
-    tensor = tensors.is_tensor(position)
+    tensor = tensors.are_tensors(position, inv_freq)
     position = real_array("rope_matrix", "position", position)
     inv_freq = real_array("rope_matrix", "inv_freq", inv_freq)
     cos = np.empty(position.shape + inv_freq.shape)

@@ -43,7 +43,7 @@ def rope_table_axial(
 
     Parameters
     ----------
-    shape : sequence of int or array_like
+    shape : sequence of int, array_like or torch.Tensor
         For each axis its size, or its positions, shape (n,), which may be fractional.
     inv_freq : array_like or torch.Tensor, shape (M,) or (n_axis, M)
         Radians per step of the pairs of every axis, or of each: of
@@ -55,14 +55,15 @@ def rope_table_axial(
         As in `rope_table`.
     dtype : dtype, default float32
         Either float32 or float64, of NumPy or torch.
-    out : pair of ndarray, shape (..., n_axis * M), optional
-        Where cosines and sines go, of that dtype.
+    out : pair of ndarray or torch.Tensor, shape (..., n_axis * M), optional
+        Where cosines and sines go, of that dtype and of the kind of the result.
 
     Returns
     -------
-    cos, sin : ndarray, shape (..., n_axis * M)
-        The table, with an axis for each of the grid; `out` if it was given. For patches
-        numbered row by row, `rope` wants it as ``cos.reshape(-1, n_axis * M)``.
+    cos, sin : ndarray or torch.Tensor, shape (..., n_axis * M)
+        The table, with an axis for each of the grid; `out` if it was given. Tensors if
+        `inv_freq` or positions of an axis are one. For patches numbered row by row,
+        `rope` wants it as ``cos.reshape(-1, n_axis * M)``.
 
     Raises
     ------
@@ -107,7 +108,7 @@ def rope_table_axial(
     dtype = real_dtype(here, dtype)
     one_of(here, "indexing", indexing, INDEXINGS)
     axes = grid_axes(here, shape)
-    n_axis = len(axes)
+    n_axis, tensor = len(axes), tensors.are_tensors(*shape, inv_freq)
     inv_freq = real_array(here, "inv_freq", inv_freq)
     if inv_freq.ndim not in (1, 2) or inv_freq.shape[:-1] not in ((), (n_axis,)):
         rule = f"be of shape (M,) or ({n_axis}, M), for {n_axis} axes"
@@ -115,7 +116,7 @@ def rope_table_axial(
     n_pair = inv_freq.shape[-1]
     inv_freq = np.broadcast_to(inv_freq, (n_axis, n_pair))
     sizes = tuple(axis.size for axis in axes)
-    form = (*sizes, n_axis * n_pair), dtype, False
+    form = (*sizes, n_axis * n_pair), dtype, tensor
     answers, tables = table_pair(here, out, *form)
     rows = [_rows(here, axis, freq, attention_factor, angles, dtype)
             for axis, freq in zip(axes, inv_freq, strict=True)]  # fmt: skip
@@ -124,6 +125,7 @@ def rope_table_axial(
         lead = (sizes[number], *(1,) * (n_axis - 1 - number), n_pair)
         for table, part in zip(tables, of_axis, strict=True):
             table[..., place * n_pair : (place + 1) * n_pair] = part.reshape(lead)
+    tensors.mark_changed(*(out or ()))
     return answers
 
 
@@ -164,12 +166,12 @@ def rope_table_sections(
     dtype : dtype, default float32
         Either float32 or float64, of NumPy or torch.
     out : pair of ndarray or torch.Tensor, shape (..., M), optional
-        Where cosines and sines go, of that dtype and of the kind of `positions`.
+        Where cosines and sines go, of that dtype and of the kind of the result.
 
     Returns
     -------
     cos, sin : ndarray or torch.Tensor, shape (..., M)
-        The table; `out` if it was given. Tensors if `positions` is one.
+        The table; `out` if it was given. Tensors if an argument is one.
 
     Raises
     ------
@@ -208,7 +210,7 @@ def rope_table_sections(
     here = "rope_table_sections"
     dtype = real_dtype(here, dtype)
     true_or_false(here, "interleaved", interleaved)
-    tensor = tensors.is_tensor(positions)
+    tensor = tensors.are_tensors(positions, inv_freq)
     positions = real_array(here, "positions", positions)
     if positions.ndim == 0 or len(positions) == 0:
         rule, got = "be of shape (n_axis, ...)", f"shape {positions.shape}"
@@ -277,12 +279,12 @@ def rope_table_xpos(
     dtype : dtype, default float32
         Either float32 or float64, of NumPy or torch.
     out : pair of ndarray or torch.Tensor, shape (..., M), optional
-        Where cosines and sines go, of that dtype and of the kind of `positions`.
+        Where cosines and sines go, of that dtype and of the kind of the result.
 
     Returns
     -------
     cos, sin : ndarray or torch.Tensor, shape (..., M)
-        The table; `out` if it was given. Tensors if `positions` is one.
+        The table; `out` if it was given. Tensors if an argument is one.
 
     Raises
     ------
@@ -328,7 +330,7 @@ def rope_table_xpos(
     scale_base = positive_number(here, "scale_base", scale_base)
     gamma = positive_number(here, "gamma", gamma)
     reference = real_number(here, "reference", reference)
-    tensor = tensors.is_tensor(positions)
+    tensor = tensors.are_tensors(positions, inv_freq)
     positions = real_array(here, "positions", positions)
     inv_freq = real_array(here, "inv_freq", inv_freq)
     if inv_freq.ndim != 1:

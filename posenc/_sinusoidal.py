@@ -170,7 +170,7 @@ def sinusoidal_grid(
 
     Parameters
     ----------
-    shape : sequence of int or array_like
+    shape : sequence of int, array_like or torch.Tensor
         For each axis its size, or its positions, shape (n,), which may be fractional.
     dim : int
         Channels, a multiple of twice the number of axes.
@@ -183,14 +183,15 @@ def sinusoidal_grid(
         first axis.
     dtype : dtype, default float32
         Either float32 or float64, of NumPy or torch.
-    out : ndarray, shape (..., dim), optional
-        Where the table goes, of that dtype.
+    out : ndarray or torch.Tensor, shape (..., dim), optional
+        Where the table goes, of that dtype and of the kind of the result.
 
     Returns
     -------
-    ndarray, shape (..., dim)
-        The table, with an axis for each of the grid; `out` if it was given. Models that
-        number patches row by row want it as ``table.reshape(-1, dim)``.
+    ndarray or torch.Tensor, shape (..., dim)
+        The table, with an axis for each of the grid; `out` if it was given. A tensor if
+        positions of an axis are one. Models that number patches row by row want it as
+        ``table.reshape(-1, dim)``.
 
     Raises
     ------
@@ -221,7 +222,7 @@ def sinusoidal_grid(
     dtype = real_dtype(here, dtype)
     one_of(here, "indexing", indexing, INDEXINGS)
     axes = grid_axes(here, shape)
-    n_axis = len(axes)
+    n_axis, tensor = len(axes), tensors.are_tensors(*shape)
     dim = whole_number(here, "dim", dim, 1)
     if dim % (2 * n_axis):
         rule = f"be a multiple of {2 * n_axis}, for {n_axis} axes"
@@ -229,13 +230,14 @@ def sinusoidal_grid(
     share = dim // n_axis
     table = _Table.checked(here, share, theta, layout)
     sizes = tuple(axis.size for axis in axes)
-    answer, result = table_result(here, "out", out, (*sizes, dim), dtype, False)
+    answer, result = table_result(here, "out", out, (*sizes, dim), dtype, tensor)
     for number, axis in enumerate(axes):
         rows = np.empty((axis.size, share), dtype)
         table.fill(axis, rows)
         place = n_axis - 1 - number if indexing == "xy" else number
         rows = rows.reshape((axis.size, *(1,) * (n_axis - 1 - number), share))
         result[..., place * share : (place + 1) * share] = rows
+    tensors.mark_changed(out)
     return answer
 
 

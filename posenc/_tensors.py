@@ -23,6 +23,11 @@ def is_tensor(value):
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def are_tensors(*values):
+    """Tell whether any of them is a torch tensor."""
+    return any(map(is_tensor, values))
+
+
 def obstacle(tensor):
     """Say what keeps NumPy from reading a tensor's memory, or None."""
     torch = _torch()

@@ -222,6 +222,16 @@ def test_similarity_is_half_the_decay_of_the_same_frequencies(theta):
     assert got[0, 0] == pytest.approx(32, abs=32 * SIMILARITY_BOUND)
 
 
+@pytest.mark.parametrize("shape", [(150,), (2, 3, 25)])
+def test_similarity_of_positions_with_themselves(shape):
+    x = np.random.default_rng(0).uniform(-1e5, 1e5, shape)
+    got = sinusoidal_similarity(x, x.copy(), 48)
+    np.testing.assert_array_equal(got, got.mT)
+    others = np.concatenate([x, x[..., :1]], -1)
+    want = sinusoidal_similarity(x, others, 48)[..., :-1]
+    np.testing.assert_allclose(got, want, rtol=0, atol=49 * SIMILARITY_BOUND)
+
+
 def test_the_query_at_position_0_oscillates_and_decays():
     curve = sinusoidal_similarity([0], range(2000), 128)[0]
     assert (np.diff(curve) > 0).any()

@@ -326,6 +326,30 @@ def test_linear_is_rounded_once(dtype):
     reference.same_bits(got, wide.astype(dtype))
 
 
+def test_linear_of_several_blocks_is_that_of_each_row():
+    """Rows of a wide table, and one channel of it, which fits in one block."""
+    table = normal(40, 3000)
+    got = posenc.extend_table(table, 111, method="linear")
+    want = posenc.extend_table(table[:, 70:71], 111, method="linear")
+    reference.same_bits(np.ascontiguousarray(got[:, 70:71]), want)
+    place = np.arange(111) * (39 / 110)
+    for channel in (0, 2999):
+        want = np.interp(place, np.arange(40), table[:, channel].astype(np.float64))
+        tolerance = np.spacing(np.abs(table).max())  # float32, and a few of float64
+        np.testing.assert_allclose(got[:, channel], want, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["linear", "tile"])
+@pytest.mark.parametrize("alpha", [0.5, 1, None], ids=str)
+def test_alpha_is_looked_at_by_hierarchical_only(method, alpha):
+    table = normal(5, 3)
+    want = posenc.extend_table(table, 12, method=method)
+    got = posenc.extend_table(table, 12, method=method, alpha=alpha)
+    reference.same_bits(got, want)
+    with pytest.raises((TypeError, ValueError), match=r"^extend_table: alpha must be"):
+        posenc.extend_table(table, 12, alpha=alpha)
+
+
 def test_a_table_of_one_row():
     for method in ("linear", "tile"):
         got = posenc.extend_table([[3.0, 4.0]], 3, method=method)

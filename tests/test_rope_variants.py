@@ -107,7 +107,7 @@ def test_axial_as_qwen2_vl_rotates_patches():
     n_row, n_column, head_dim = 6, 10, 80
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, 40, 2, dtype=torch.float) / 40)
     got = rope_table_axial((n_row, n_column), inv_freq, angles="float32")
-    got = [torch.from_numpy(table.reshape(-1, 40)) for table in got]
+    got = [table.reshape(-1, 40) for table in got]
     row, column = np.divmod(np.arange(n_row * n_column), n_column)
     angles = [torch.tensor(p)[:, None].float() * inv_freq for p in (row, column)]
     angle = torch.cat([*angles, *angles], -1)  # of rows, of columns, and once more

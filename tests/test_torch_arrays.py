@@ -540,6 +540,74 @@ def test_table_dtypes_of_torch_are_named_in_errors():
         posenc.rope_cis([1], [1.0], dtype=torch.complex32)
 
 
+def tables_of(x, inv_freq):
+    """All that functions make of positions and frequencies."""
+    return [
+        *posenc.rope_table(x, inv_freq),
+        *posenc.rope_table_axial((2, x), inv_freq),
+        *posenc.rope_table_sections(x, inv_freq, [1, 0, 1]),
+        *posenc.rope_table_xpos(x, inv_freq),
+        posenc.rope_cis(x, inv_freq),
+        posenc.rope_matrix(x, inv_freq),
+        posenc.rope_decay(x, inv_freq),
+    ]
+
+
+def test_tables_are_tensors_if_an_argument_is_one():
+    x, inv_freq = np.array([0.0, 3.0, 1.5]), np.array([1.0, 0.1])
+    arrays = tables_of(x, inv_freq)
+    both = torch.from_numpy(x), torch.from_numpy(inv_freq)
+    for given in (both, (x, both[1]), (both[0], inv_freq)):
+        for tensor, array in zip(tables_of(*given), arrays, strict=True):
+            assert type(array) is np.ndarray
+            same_bits(tensor, array)
+
+
+def test_grids_of_tensors():
+    places = torch.tensor([0.5, 2.0, 7.0])
+    got = posenc.sinusoidal_grid((2, places), 8)
+    same_bits(got, posenc.sinusoidal_grid((2, places.numpy()), 8))
+    assert type(posenc.sinusoidal_grid(torch.Size([2, 3]), 8)) is np.ndarray
+    out = torch.zeros_like(got)
+    version = out._version
+    assert posenc.sinusoidal_grid((2, places), 8, out=out) is out
+    assert torch.equal(out, got)
+    assert out._version > version
+    inv_freq = torch.tensor([1.0, 0.5])
+    outs = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    versions = [out._version for out in outs]
+    there = posenc.rope_table_axial((2, 3), inv_freq, out=outs)
+    want = posenc.rope_table_axial((2, 3), inv_freq.numpy())
+    for left, right, out, version in zip(there, want, outs, versions, strict=True):
+        assert left is out
+        assert out._version > version
+        same_bits(left, right)
+    with pytest.raises(TypeError, match=r"^rope_table_axial: out\[0\] must be a torch"):
+        posenc.rope_table_axial((2, 3), inv_freq, out=want)
+    with pytest.raises(TypeError, match=r"^sinusoidal_grid: out must be a torch.Tenso"):
+        posenc.sinusoidal_grid((2, places), 8, out=np.empty((2, 3, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "call"),
+    [
+        ("rope_table: positions", lambda t: posenc.rope_table(t, [1.0])),
+        ("rope_cis: positions", lambda t: posenc.rope_cis(t, [1.0])),
+        ("sinusoidal: positions", lambda t: posenc.sinusoidal(t, 4)),
+        ("rope_decay: distance", lambda t: posenc.rope_decay(t, [1.0])),
+        ("alibi_bias: k_positions", lambda t: posenc.alibi_bias([1.0], [2], t)),
+        (
+            "add_sinusoidal: positions",
+            lambda t: posenc.add_sinusoidal(torch.zeros(3, 4), positions=t),
+        ),
+    ],
+)
+def test_booleans_are_no_positions(parameter, call):
+    rule = "must hold real numbers that float64 can hold; got dtype bool"
+    with pytest.raises(TypeError, match=f"^{parameter} {rule}$"):
+        call(torch.tensor([True, False, True]))
+
+
 def test_tables_are_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         cos, sin = posenc.rope_table(torch.arange(5, device="cpu"), [1.0])
