@@ -87,7 +87,8 @@ def add_learned(
 
     Notes
     -----
-    With `scale` 1 the bits are those of an ``nn.Embedding`` and a sum in PyTorch.
+    With `scale` 1 and a table of the dtype of `x` the bits are those of an
+    ``nn.Embedding`` and a sum in PyTorch.
 
     References
     ----------

@@ -109,9 +109,10 @@ def sinusoidal(
     Notes
     -----
     ``PE[p, 2i] = sin(p * f_i)`` and ``PE[p, 2i + 1] = cos(p * f_i)`` with
-    ``f_i = scale * theta ** (-2i / dim)``, the nearest double. Of these doubles,
-    float32 entries are within 0.501 ulp and float64 ones within 1 ulp, for every finite
-    float64 position and also where the value is next to zero.
+    ``f_i = scale * theta ** (-i / (dim // 2 - downscale_freq_shift))``, the nearest
+    double: ``theta ** (-2i / dim)`` in the paper. Of these doubles, float32 entries are
+    within 0.501 ulp and float64 ones within 1 ulp, for every finite float64 position
+    and also where the value is next to zero.
 
     References
     ----------
