@@ -25,14 +25,20 @@ from ._bias_spread import check_logits, check_shape, in_type
 from ._check import must, one_of, real_number, true_or_false, whole_number
 from ._results import REAL_RULE
 from ._torch_check import as_tensor, check_tensor, float_dtype, refuse_out
-from ._torch_cope_ops import _register
-from ._torch_ops import _bare, _is_compiling, register, transformed, undisturbed
+from ._torch_register import (
+    bare,
+    is_dynamo_compiling,
+    register,
+    register_looped,
+    transformed,
+    undisturbed,
+)
 
 # --- operators -----------------------------------------------------------------------
 
 
 def _spread(values, n_query, dtype):
-    values = tensors.as_numpy(_bare(values).contiguous())
+    values = tensors.as_numpy(bare(values).contiguous())
     n_key = values.shape[-1] - n_query + 1
     shape = (*values.shape[:-1], n_query, n_key)
     out = tensors.empty(shape, np.dtype(tensors.numpy_dtype(dtype)))
@@ -48,7 +54,7 @@ def _fresh_spread(values, n_query, dtype):
 
 
 def _collect(grad):
-    grad = _bare(grad)
+    grad = bare(grad)
     n_query, n_key = grad.shape[-2:]
     sums = grad.new_zeros((*grad.shape[:-2], n_query + n_key - 1), dtype=torch.float64)
     if grad.numel():
@@ -64,19 +70,21 @@ def _fresh_collect(grad):
 
 def _bucket(offsets, num_buckets, max_distance, bidirectional):
     return plain_t5_bucket(
-        _bare(offsets).contiguous(),
+        bare(offsets).contiguous(),
         bidirectional=bidirectional,
         num_buckets=num_buckets,
         max_distance=max_distance,
     )
 
 
-_SPREAD = _register(
+_SPREAD = register_looped(
     "bias_spread(Tensor values, SymInt n_query, ScalarType dtype) -> Tensor",
     _spread,
     _fresh_spread,
 )
-_COLLECT = _register("bias_collect(Tensor grad) -> Tensor", _collect, _fresh_collect)
+_COLLECT = register_looped(
+    "bias_collect(Tensor grad) -> Tensor", _collect, _fresh_collect
+)
 _BUCKET = register(
     "t5_bucket(Tensor offsets, int num_buckets, int max_distance, "
     "bool bidirectional) -> Tensor",
@@ -190,7 +198,7 @@ def _grid(function, q_positions, k_positions, whole=False):
             q_positions.start, len(q_positions), k_positions.start, len(k_positions)
         )
     q, k = (_positions(function, name, part, whole) for name, part in given.items())
-    if not _is_compiling() and undisturbed() and _are_steps(q) and _are_steps(k):
+    if not is_dynamo_compiling() and undisturbed() and _are_steps(q) and _are_steps(k):
         return _consecutive(int(q[0]), len(q), int(k[0]), len(k))
     try:
         torch.broadcast_shapes(q.shape[:-1], k.shape[:-1])
@@ -222,7 +230,7 @@ def _positions(function, name, value, whole):
 
 def _check_reach(function, name, least, most):
     """Raise if whole numbers are such as float64 rounds; compiled code does not ask."""
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         extreme = max((abs(int(end)) for end in (*least, *most)), default=0)
         if extreme > 2**53:
             rule = "hold whole numbers of magnitude at most 2**53"
@@ -273,7 +281,7 @@ def _check_shapes(function, **given):
         if tensor.is_complex():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise TypeError(must(function, name, REAL_RULE, f"dtype {kind}"))
-        if tensor.dim() != len(shape) or not _is_compiling():
+        if tensor.dim() != len(shape) or not is_dynamo_compiling():
             check_shape(function, name, tuple(tensor.shape), shape)
 
 
@@ -304,7 +312,7 @@ def _finish(function, make, dtype, add_to, out):
             kind = str(add_to.dtype).removeprefix("torch.")
             raise TypeError(must(function, "add_to", REAL_RULE, f"dtype {kind}"))
         bias = make(torch.promote_types(torch.float32, add_to.dtype))
-        if not _is_compiling():
+        if not is_dynamo_compiling():
             shape = tuple(bias.shape)
             check_logits(function, tuple(add_to.shape), shape[:-3], shape[-3:])
         if out is None:
@@ -402,7 +410,7 @@ def t5_bias(
             out=out,
         )
     _check_shapes(here, weight=(weight, ("num_buckets", "H")))
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         check_buckets(here, bidirectional, weight.shape[0], max_distance, "weight")
     grid = _grid(here, q_positions, k_positions, whole=True)
 
@@ -482,7 +490,7 @@ def alibi_bias(
             out=out,
         )
     _check_shapes(here, slopes=(slopes, ("H",)))
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         true_or_false(here, "symmetric", symmetric)
     grid = _grid(here, q_positions, k_positions)
     make = functools.partial(_linear, slopes, grid, symmetric)
@@ -556,7 +564,7 @@ def kerple_bias(
             r1, r2, q_positions, k_positions, kernel=kernel, add_to=add_to, out=out
         )
     _check_shapes(here, r1=(r1, ("H",)), r2=(r2, tuple(r1.shape)))
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         one_of(here, "kernel", kernel, KERNELS)
     if undisturbed() and not (r1.is_meta or r2.is_meta):
         check_kerple(here, *(_doubles(part) for part in (r1, r2)), kernel)
@@ -739,7 +747,7 @@ def _split(grid, threshold):
 def _places(function, n_query, n_key):
     """Return the positions of the last queries of some keys."""
     n_key = n_query if n_key is None else n_key
-    if _is_compiling():  # a range would fix the numbers in the graph
+    if is_dynamo_compiling():  # a range would fix the numbers in the graph
         grid = _consecutive(n_key - n_query, n_query, 0, n_key)
         return grid, grid
     n_query = whole_number(function, "n_query", n_query, 0)

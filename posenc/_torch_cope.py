@@ -7,7 +7,7 @@ import torch
 from . import _torch_cope_ops
 from ._check import must, one_of, real_number, true_or_false, whole_number
 from ._torch_check import as_tensor, check_tensor, refuse_out
-from ._torch_ops import _is_compiling
+from ._torch_register import is_dynamo_compiling
 
 GATES = ("key", "gate_key", "value")
 
@@ -78,7 +78,7 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
     here, given = "cope_bias", {"logits": logits, "z": z}
     if mask is not None:
         given["mask"] = mask = as_tensor(here, "mask", mask)
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         true_or_false(here, "causal", causal)
     _check(here, given, out)
     return _torch_cope_ops.bias((logits, z, mask), causal, out)
@@ -179,7 +179,7 @@ def cope_attention(
         given["gate_key"] = gate_key
     if mask is not None:
         given["mask"] = mask = as_tensor(here, "mask", mask)
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         scale = None if scale is None else real_number(here, "scale", scale)
         position_scale = real_number(here, "position_scale", position_scale)
         true_or_false(here, "causal", causal)

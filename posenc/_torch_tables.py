@@ -22,8 +22,17 @@ from ._check import (
 from ._results import REAL_RULE
 from ._table_rows import refuse_both
 from ._torch_check import FLOATS, as_tensor, check_tensor, float_dtype, refuse_out
-from ._torch_cope_ops import _bares, _need_gradients, _plain, _register
-from ._torch_ops import Rows, _nothing, fresh, register, transformed
+from ._torch_ops import Rows, fresh
+from ._torch_register import (
+    are_plain,
+    bares,
+    distinct,
+    need_gradients,
+    nothing,
+    register,
+    register_looped,
+    transformed,
+)
 
 
 class Places(NamedTuple):
@@ -67,7 +76,7 @@ class Sines(NamedTuple):
 
 
 def _sinusoidal_op(x, *rest, out=None):
-    x, *places = _bares((x, *rest[:4]))
+    x, *places = bares((x, *rest[:4]))
     options = Places(*places)._asdict() | Sines(*rest[4:])._asdict()
     return _sinusoidal.add_sinusoidal(x, **options, out=out)
 
@@ -78,7 +87,7 @@ def _sinusoidal_out(*arguments):
 
 
 def _learned_op(x, table, *rest, out=None):
-    x, table, *places = _bares((x, table, *rest[:4]))
+    x, table, *places = bares((x, table, *rest[:4]))
     options = Places(*places)._asdict()
     return _learned.add_learned(x, table, scale=rest[4], **options, out=out)
 
@@ -99,19 +108,19 @@ def _own(x):
 _PLACES = "Tensor? positions, Tensor? offset, Tensor? cu_seqlens, Tensor? padding_mask"
 _SINES = f"Tensor x, {_PLACES}, float scale, float theta, str layout, float shift"
 _LEARNED = f"Tensor x, Tensor table, {_PLACES}, float scale"
-_ADD_SINUSOIDAL = _register(
+_ADD_SINUSOIDAL = register_looped(
     f"add_sinusoidal({_SINES}) -> Tensor", _sinusoidal_op, _fresh_sum
 )
 _ADD_SINUSOIDAL_OUT = register(
-    f"add_sinusoidal_out({_SINES}, Tensor(a!) out) -> ()", _sinusoidal_out, _nothing
+    f"add_sinusoidal_out({_SINES}, Tensor(a!) out) -> ()", _sinusoidal_out, nothing
 )
-_ADD_LEARNED = _register(
+_ADD_LEARNED = register_looped(
     f"add_learned({_LEARNED}) -> Tensor",
     _learned_op,
     lambda x, table, *_: fresh(x, table, table),
 )
 _ADD_LEARNED_OUT = register(
-    f"add_learned_out({_LEARNED}, Tensor(a!) out) -> ()", _learned_out, _nothing
+    f"add_learned_out({_LEARNED}, Tensor(a!) out) -> ()", _learned_out, nothing
 )
 
 
@@ -131,7 +140,7 @@ class _AddSinusoidal(torch.autograd.Function):
 
     @staticmethod
     def forward(x, *rest):
-        work = _sinusoidal_op if _plain((x, *rest[:4])) else _ADD_SINUSOIDAL
+        work = _sinusoidal_op if are_plain((x, *rest[:4])) else _ADD_SINUSOIDAL
         return work(x, *rest)
 
     @staticmethod
@@ -152,7 +161,7 @@ class _AddLearned(torch.autograd.Function):
 
     @staticmethod
     def forward(x, table, *rest):
-        work = _learned_op if _plain((x, table, *rest[:4])) else _ADD_LEARNED
+        work = _learned_op if are_plain((x, table, *rest[:4])) else _ADD_LEARNED
         return work(x, table, *rest)
 
     @staticmethod
@@ -294,7 +303,7 @@ def add_sinusoidal(
     if out is not None:
         check_tensor(here, "out", out)
         refuse_out(here, (out,), (x,))
-        write = _sinusoidal_out if _plain((*given, out)) else _ADD_SINUSOIDAL_OUT
+        write = _sinusoidal_out if are_plain((*given, out)) else _ADD_SINUSOIDAL_OUT
         write(*given, *sines, out)
         return out
     if transformed():
@@ -304,9 +313,9 @@ def add_sinusoidal(
         rows = _ADD_SINUSOIDAL(like, numbers, None, None, None, 1.0,
                                *sines[1:])  # fmt: skip
         return _composed(x, rows, places, scale, _own(x))
-    if _need_gradients((x,)):
+    if need_gradients((x,)):
         return _AddSinusoidal.apply(*given, *sines)
-    return (_sinusoidal_op if _plain(given) else _ADD_SINUSOIDAL)(*given, *sines)
+    return (_sinusoidal_op if are_plain(given) else _ADD_SINUSOIDAL)(*given, *sines)
 
 
 def add_learned(
@@ -380,18 +389,16 @@ def add_learned(
     if out is not None:
         check_tensor(here, "out", out)
         refuse_out(here, (out,), (x, table))
-        write = _learned_out if _plain((*given, out)) else _ADD_LEARNED_OUT
+        write = _learned_out if are_plain((*given, out)) else _ADD_LEARNED_OUT
         write(*given, scale, out)
         return out
     if transformed():
         rows = torch.nn.functional.embedding(places.numbers(x), table)
         dtype = fresh(x[..., :0], table[:0], table[:0]).dtype
         return _composed(x, rows, places, scale, dtype)
-    if _need_gradients((x, table)):
-        if x is table:  # which Dynamo does not take
-            given = x, table.view_as(table), *places
-        return _AddLearned.apply(*given, scale)
-    return (_learned_op if _plain(given) else _ADD_LEARNED)(*given, scale)
+    if need_gradients((x, table)):
+        return _AddLearned.apply(*distinct(given), scale)
+    return (_learned_op if are_plain(given) else _ADD_LEARNED)(*given, scale)
 
 
 # --- modules -------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from ._scaling import rope_inv_freq
 from ._torch_bias import ALiBi, T5Bias, alibi_bias, fire_bias, kerple_bias, t5_bias
 from ._torch_check import as_tensor, check_tensor, refuse_out
 from ._torch_cope import CoPE, CoPEAttention, KVCache, cope_attention, cope_bias
-from ._torch_ops import Rows, Turn, undisturbed
+from ._torch_ops import Rows, Turn
+from ._torch_register import undisturbed
 from ._torch_tables import (
     LearnedEmbedding,
     SinusoidalEmbedding,
