@@ -13,36 +13,35 @@ from ._bias import fire_bias as plain_fire_bias
 from ._bias import kerple_bias as plain_kerple_bias
 from ._bias import t5_bias as plain_t5_bias
 from ._bias_spread import check_shape
-from ._check import must, one_of, real_number, true_or_false, whole_number
+from ._check import one_of, real_number, true_or_false, whole_number
 from ._results import REAL_RULE
 from ._torch_bias_ops import bucket
 from ._torch_bias_spread import consecutive, finish, grid_of, matrix
-from ._torch_check import as_tensor, check_tensor, float_dtype, refuse_out
-from ._torch_register import is_dynamo_compiling, undisturbed
+from ._torch_check import (
+    as_tensor,
+    check_call,
+    common_dtype,
+    float_dtype,
+    wrong_dtype,
+)
+from ._torch_register import is_dynamo_compiling, need_gradients, undisturbed
 
 # --- arguments -----------------------------------------------------------------------
 
 
 def _plain(given, add_to, out):
     """Tell whether NumPy's function may answer: no gradients and nobody listens."""
-    if not undisturbed():
+    given = (*given, add_to, out)
+    if not undisturbed() or any(t is not None and t.is_meta for t in given):
         return False
-    given = [t for t in (*given, add_to, out) if t is not None]
-    if any(t.is_meta for t in given):
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+    return not need_gradients(given)
 
 
 def _check(function, given, add_to, out):
     """Return the tensors of a call; refuse what no operator takes."""
     given = {name: as_tensor(function, name, value) for name, value in given.items()}
-    others = {"add_to": add_to, "out": out}
-    others = {name: value for name, value in others.items() if value is not None}
-    for name, tensor in {**given, **others}.items():
-        check_tensor(function, name, tensor)
-    if out is not None:
-        inputs = given.values() if add_to is None else (*given.values(), add_to)
-        refuse_out(function, (out,), inputs)
+    others = {} if add_to is None else {"add_to": add_to}
+    check_call(function, given | others, out)
     return list(given.values())
 
 
@@ -53,19 +52,9 @@ def _check_shapes(function, **given):
     """
     for name, (tensor, shape) in given.items():
         if tensor.is_complex():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise TypeError(must(function, name, REAL_RULE, f"dtype {kind}"))
+            raise wrong_dtype(function, name, REAL_RULE, tensor)
         if tensor.dim() != len(shape) or not is_dynamo_compiling():
             check_shape(function, name, tuple(tensor.shape), shape)
-
-
-def _common(*given):
-    """Return the common dtype; whole numbers count as float64."""
-    dtype = None
-    for tensor in given:
-        own = tensor.dtype if tensor.is_floating_point() else torch.float64
-        dtype = own if dtype is None else torch.promote_types(dtype, own)
-    return dtype
 
 
 def _per_head(parameter, like):
@@ -168,7 +157,7 @@ def t5_bias(
     return finish(
         here,
         lambda dtype: matrix(evaluate, grid, dtype),
-        _common(weight),
+        common_dtype(weight),
         add_to,
         out,
     )
@@ -239,7 +228,7 @@ def alibi_bias(
         true_or_false(here, "symmetric", symmetric)
     grid = grid_of(here, q_positions, k_positions)
     make = functools.partial(_linear, slopes, grid, symmetric)
-    return finish(here, make, _common(slopes), add_to, out)
+    return finish(here, make, common_dtype(slopes), add_to, out)
 
 
 def _linear(slopes, grid, symmetric, dtype):
@@ -327,7 +316,7 @@ def kerple_bias(
     return finish(
         here,
         lambda dtype: matrix(evaluate, grid, dtype),
-        _common(r1, r2),
+        common_dtype(r1, r2),
         add_to,
         out,
     )
@@ -465,7 +454,7 @@ def fire_bias(
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
-    return finish(here, make, _common(*flat), add_to, out)
+    return finish(here, make, common_dtype(*flat), add_to, out)
 
 
 def _check_layers(function, layers):

@@ -14,7 +14,7 @@ from ._bias_spread import check_logits
 from ._check import must
 from ._results import REAL_RULE
 from ._torch_bias_ops import spread
-from ._torch_check import as_tensor, check_tensor
+from ._torch_check import as_tensor, check_tensor, is_whole, wrong_dtype
 from ._torch_register import is_dynamo_compiling, undisturbed
 
 # --- positions -----------------------------------------------------------------------
@@ -84,11 +84,11 @@ def _positions(function, name, value, whole):
     check_tensor(function, name, value)
     if value.dim() == 0:
         raise ValueError(must(function, name, "have at least one axis", "shape ()"))
-    kind = str(value.dtype).removeprefix("torch.")
-    if value.is_complex() or (whole and (value.is_floating_point() or kind == "bool")):
+    if value.is_complex() or (whole and not is_whole(value)):
         rule = "be whole numbers" if whole else "be real numbers"
-        raise TypeError(must(function, name, rule, f"dtype {kind}"))
-    if kind == "int64" and value.numel() and undisturbed() and not value.is_meta:
+        raise wrong_dtype(function, name, rule, value)
+    is_seen = undisturbed() and not value.is_meta
+    if is_seen and value.dtype == torch.int64 and value.numel():
         _check_reach(function, name, [value.min()], [value.max()])
     return value.to(torch.int64 if whole else torch.float64)
 
@@ -128,8 +128,7 @@ def finish(function, make, dtype, add_to, out):
     """Return the bias that `make` gives in a dtype, added or written as asked for."""
     if add_to is not None:
         if not add_to.is_floating_point():
-            kind = str(add_to.dtype).removeprefix("torch.")
-            raise TypeError(must(function, "add_to", REAL_RULE, f"dtype {kind}"))
+            raise wrong_dtype(function, "add_to", REAL_RULE, add_to)
         bias = make(torch.promote_types(torch.float32, add_to.dtype))
         if not is_dynamo_compiling():
             shape = tuple(bias.shape)

@@ -16,7 +16,7 @@ from ._cope import cope_bias as plain_cope_bias
 from ._cope_attention import cope_attention as plain_cope_attention
 from ._cope_attention import prepare, sizes_of, sum_to
 from ._results import aligned, dtypes_of
-from ._torch_ops import HALF_SIZED
+from ._torch_check import common_dtype, result_dtype
 from ._torch_register import (
     are_plain,
     bare,
@@ -37,20 +37,6 @@ def _named(operands):
     """Return the operands of attention by name, without one that was not given."""
     pairs = zip(_OPERANDS, operands, strict=True)
     return {name: tensor for name, tensor in pairs if tensor is not None}
-
-
-def _as_float(*given):
-    """Return the common dtype of tensors; whole numbers count as float64."""
-    dtypes = [t.dtype if t.is_floating_point() else torch.float64 for t in given]
-    common = dtypes[0]
-    for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
-    return common
-
-
-def _real(*given):
-    """Return the dtype of sums: float32, or float64 if one is of that."""
-    return torch.promote_types(_as_float(*given), torch.float32)
 
 
 def _in_order_of(tensor, shape, dtype):
@@ -99,8 +85,9 @@ def _fresh_attention(q, k, v, embedding, gate_key, mask, *_options):
     given = _named((q, k, v, embedding, gate_key))
     shapes = {name: tuple(t.shape) for name, t in given.items()}
     sizes = sizes_of(shapes, None if mask is None else tuple(mask.shape))
-    out = _in_order_of(q, sizes.rows(sizes.dim), _as_float(q, k, v))
-    statistics = q.new_empty(sizes.rows(2), dtype=_real(*given.values()))
+    out = _in_order_of(q, sizes.rows(sizes.dim), common_dtype(q, k, v))
+    real = torch.promote_types(common_dtype(*given.values()), torch.float32)
+    statistics = q.new_empty(sizes.rows(2), dtype=real)
     return out, statistics
 
 
@@ -239,9 +226,7 @@ def _bias(logits, z, mask, causal, out=None):
 def _fresh_bias(logits, z, mask, _causal):
     rows = [t.shape[:-1] for t in (logits, z, mask) if t is not None]
     shape = (*torch.broadcast_shapes(*rows), logits.shape[-1])
-    if logits.dtype in HALF_SIZED and _as_float(z) != torch.float64:
-        return _in_order_of(logits, shape, logits.dtype)
-    return _in_order_of(logits, shape, _as_float(logits, z))
+    return _in_order_of(logits, shape, result_dtype(logits, z))
 
 
 def _bias_out(logits, z, mask, causal, out):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._rope import rope, rope_qk, rope_table
+from ._torch_check import result_dtype
 from ._torch_register import (
     are_plain,
     bare,
@@ -20,8 +21,6 @@ from ._torch_register import (
     spare_gradients,
     transformed,
 )
-
-HALF_SIZED = (torch.float16, torch.bfloat16)
 
 
 class Turn(NamedTuple):
@@ -77,11 +76,7 @@ def compute(xs, cos, sin, rows, turn, out=None):
 
 def fresh(x, cos, sin):
     """Return memory as that of the rotated x."""
-    table = torch.promote_types(cos.dtype, sin.dtype)
-    if x.dtype in HALF_SIZED and table != torch.float64:
-        return torch.empty_like(x)
-    own = x.dtype if x.is_floating_point() else torch.float64
-    return torch.empty_like(x, dtype=torch.promote_types(own, table))
+    return torch.empty_like(x, dtype=result_dtype(x, cos, sin))
 
 
 def _rope(x, cos, sin, *rest):

@@ -21,8 +21,17 @@ from ._check import (
 )
 from ._results import REAL_RULE
 from ._table_rows import refuse_both
-from ._torch_check import FLOATS, as_tensor, check_tensor, float_dtype, refuse_out
-from ._torch_ops import Rows, fresh
+from ._torch_check import (
+    FLOATS,
+    as_tensor,
+    check_out,
+    check_tensor,
+    common_dtype,
+    float_dtype,
+    result_dtype,
+    wrong_dtype,
+)
+from ._torch_ops import Rows
 from ._torch_register import (
     are_plain,
     bares,
@@ -98,11 +107,7 @@ def _learned_out(*arguments):
 
 
 def _fresh_sum(x, *_):
-    return torch.empty_like(x, dtype=_own(x))
-
-
-def _own(x):
-    return x.dtype if x.is_floating_point() else torch.float64
+    return torch.empty_like(x, dtype=common_dtype(x))
 
 
 _PLACES = "Tensor? positions, Tensor? offset, Tensor? cu_seqlens, Tensor? padding_mask"
@@ -117,7 +122,7 @@ _ADD_SINUSOIDAL_OUT = register(
 _ADD_LEARNED = register_looped(
     f"add_learned({_LEARNED}) -> Tensor",
     _learned_op,
-    lambda x, table, *_: fresh(x, table, table),
+    lambda x, table, *_: torch.empty_like(x, dtype=result_dtype(x, table)),
 )
 _ADD_LEARNED_OUT = register(
     f"add_learned_out({_LEARNED}, Tensor(a!) out) -> ()", _learned_out, nothing
@@ -301,18 +306,18 @@ def add_sinusoidal(
     sines = Sines(scale, theta, layout, shift)
     given = x, *places
     if out is not None:
-        check_tensor(here, "out", out)
-        refuse_out(here, (out,), (x,))
+        check_out(here, out, (x,))
         write = _sinusoidal_out if are_plain((*given, out)) else _ADD_SINUSOIDAL_OUT
         write(*given, *sines, out)
         return out
     if transformed():
-        numbers, dtype = places.numbers(x), torch.promote_types(_own(x), torch.float32)
-        like = torch.zeros(x.shape[-2:], dtype=dtype)
+        numbers, dtype = places.numbers(x), common_dtype(x)
+        wide = torch.promote_types(dtype, torch.float32)
+        like = torch.zeros(x.shape[-2:], dtype=wide)
         like = like.expand(*numbers.shape[:-1], *x.shape[-2:])
         rows = _ADD_SINUSOIDAL(like, numbers, None, None, None, 1.0,
                                *sines[1:])  # fmt: skip
-        return _composed(x, rows, places, scale, _own(x))
+        return _composed(x, rows, places, scale, dtype)
     if need_gradients((x,)):
         return _AddSinusoidal.apply(*given, *sines)
     return (_sinusoidal_op if are_plain(given) else _ADD_SINUSOIDAL)(*given, *sines)
@@ -387,15 +392,13 @@ def add_learned(
     places = _places(here, positions, offset, cu_seqlens, padding_mask)
     given = x, table, *places
     if out is not None:
-        check_tensor(here, "out", out)
-        refuse_out(here, (out,), (x, table))
+        check_out(here, out, (x, table))
         write = _learned_out if are_plain((*given, out)) else _ADD_LEARNED_OUT
         write(*given, scale, out)
         return out
     if transformed():
         rows = torch.nn.functional.embedding(places.numbers(x), table)
-        dtype = fresh(x[..., :0], table[:0], table[:0]).dtype
-        return _composed(x, rows, places, scale, dtype)
+        return _composed(x, rows, places, scale, result_dtype(x, table))
     if need_gradients((x, table)):
         return _AddLearned.apply(*distinct(given), scale)
     return (_learned_op if are_plain(given) else _ADD_LEARNED)(*given, scale)
@@ -595,8 +598,7 @@ class LearnedEmbedding(torch.nn.Module):
         here = "LearnedEmbedding"
         check_tensor(here, "table", table)
         if table.dtype not in FLOATS:
-            got = f"dtype {str(table.dtype).removeprefix('torch.')}"
-            raise TypeError(must(here, "table", REAL_RULE, got))
+            raise wrong_dtype(here, "table", REAL_RULE, table)
         if table.ndim != 2:
             rule, got = "be of shape (P, dim)", f"shape {tuple(table.shape)}"
             raise ValueError(must(here, "table", rule, got))
