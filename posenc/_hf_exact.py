@@ -11,7 +11,7 @@ import weakref
 from typing import NamedTuple
 
 from ._check import must
-from ._hf_rotation import make_tensor_obstacle, make_trace_mark, tally
+from ._hf_tally import make_tensor_obstacle, make_trace_mark, tally
 from ._scaling import frequencies
 from ._scaling_check import LENGTH, TRAINED, extension_factor, read_scaling
 

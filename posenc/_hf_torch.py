@@ -11,7 +11,7 @@ import sys
 import torch
 
 from ._core import halves_agree, rope_qk_twin
-from ._hf_rotation import tally
+from ._hf_tally import tally
 from ._torch_ops import Rows, Turn, compute, fresh
 from ._torch_ops import rotate as rotate_with_gradients
 from ._torch_register import register, spare_gradients, transformed, undisturbed
