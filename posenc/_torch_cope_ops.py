@@ -63,6 +63,15 @@ def _fresh_gradients(operands):
     )
 
 
+def _gradients(operator, function, given):
+    """Compute gradients by an operator of compilers, or by an autograd function."""
+    if is_dynamo_compiling():
+        return operator(*given)
+    if torch.is_grad_enabled():  # somebody may want a second derivative
+        return function.apply(*given)
+    return function.forward(*given)
+
+
 def _only(gradients, needed):
     """Return the gradients that are needed, and None for each other."""
     pairs = zip(gradients, needed, strict=False)
@@ -182,12 +191,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _of_statistics):
         given = grad, *ctx.saved_tensors, *ctx.options
-        if is_dynamo_compiling():
-            gradients = _ATTENTION_BACKWARD(*given)
-        elif torch.is_grad_enabled():  # somebody may want a second derivative
-            gradients = _AttentionGradient.apply(*given)
-        else:
-            gradients = _AttentionGradient.forward(*given)
+        gradients = _gradients(_ATTENTION_BACKWARD, _AttentionGradient, given)
         return *_only(gradients, ctx.needs_input_grad), None, None, None, None
 
 
@@ -306,12 +310,7 @@ class _Bias(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         given = grad, *ctx.saved_tensors, ctx.causal
-        if is_dynamo_compiling():
-            gradients = _BIAS_BACKWARD(*given)
-        elif torch.is_grad_enabled():  # somebody may want a second derivative
-            gradients = _BiasGradient.apply(*given)
-        else:
-            gradients = _BiasGradient.forward(*given)
+        gradients = _gradients(_BIAS_BACKWARD, _BiasGradient, given)
         return *_only(gradients, ctx.needs_input_grad), None, None
 
 
