@@ -146,7 +146,7 @@ def _make_exact_forward(exact, previous):
     import numpy as np
     import torch
 
-    from . import rope_table
+    from ._rope import rope_table
 
     tensor_obstacle, traced = make_tensor_obstacle(), make_trace_mark("table")
 
