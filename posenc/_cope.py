@@ -261,7 +261,7 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
     true_or_false(here, "causal", causal)
     x, table = _real(here, "logits", logits, 2), _real(here, "z", z, 1)
     _check_positions(here, table)
-    seen = None if mask is None else _mask(here, mask)
+    seen = None if mask is None else as_mask(here, mask)
     rows = _broadcast(here, "z", table, x.shape[:-1])
     if seen is not None:
         rows = _mask_rows(here, seen, rows, x.shape[-1])
@@ -292,7 +292,8 @@ def _real(function, name, value, n_axis=0):
     return array
 
 
-def _mask(function, mask):
+def as_mask(function, mask):
+    """Return a mask as an array of truth values."""
     array = as_array(function, "mask", mask)
     if array.dtype != np.bool:
         rule = "be of dtype bool, True where a key may be seen"

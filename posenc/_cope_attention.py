@@ -15,7 +15,7 @@ from ml_dtypes import bfloat16
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_number, true_or_false
-from ._cope import _mask
+from ._cope import as_mask
 from ._results import aligned, real_kind, widest
 
 
@@ -274,7 +274,7 @@ def prepare(operands, mask, scale, position_scale, causal, function="cope_attent
     """Check a call, given its operands by name; return what is to be done."""
     given = {name: _real(function, name, x) for name, x in operands.items()}
     if mask is not None:
-        mask = _plain(function, "mask", _mask(function, mask))
+        mask = _plain(function, "mask", as_mask(function, mask))
     shapes = {name: x.shape for name, x in given.items()}
     sizes = sizes_of(shapes, None if mask is None else mask.shape, function)
     if scale is None:

@@ -11,7 +11,7 @@ import weakref
 from typing import NamedTuple
 
 from ._check import must
-from ._hf_rotation import make_tensor_obstacle, make_trace_mark, tally
+from ._hf_tally import make_tensor_obstacle, make_trace_mark, tally
 from ._scaling import frequencies
 from ._scaling_check import LENGTH, TRAINED, extension_factor, read_scaling
 
@@ -146,7 +146,7 @@ def _make_exact_forward(exact, previous):
     import numpy as np
     import torch
 
-    from . import rope_table
+    from ._rope import rope_table
 
     tensor_obstacle, traced = make_tensor_obstacle(), make_trace_mark("table")
 

@@ -11,18 +11,10 @@ import sys
 import torch
 
 from ._core import halves_agree, rope_qk_twin
-from ._hf_rotation import tally
-from ._torch_ops import (
-    Rows,
-    Turn,
-    compute,
-    fresh,
-    register,
-    spare_gradients,
-    transformed,
-    undisturbed,
-)
+from ._hf_tally import tally
+from ._torch_ops import Rows, Turn, compute, fresh
 from ._torch_ops import rotate as rotate_with_gradients
+from ._torch_register import register, spare_gradients, transformed, undisturbed
 
 HALVES = "the halves of cos or sin differ"
 SERVED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -363,13 +363,18 @@ def _rotate_as_eager(layout, x, cos, sin=None):
 # --- tables --------------------------------------------------------------------------
 
 
+def check_one_axis(function, inv_freq):
+    """Raise unless frequencies have one axis."""
+    if inv_freq.ndim != 1:
+        got = f"shape {inv_freq.shape}"
+        raise ValueError(must(function, "inv_freq", "have one axis", got))
+
+
 def fill_table(function, positions, inv_freq, attention_factor, angles, cos, sin):
     """Write a table; its arrays have been checked."""
     one_of(function, "angles", angles, ANGLES)
     factor = real_number(function, "attention_factor", attention_factor)
-    if inv_freq.ndim != 1:
-        got = f"shape {inv_freq.shape}"
-        raise ValueError(must(function, "inv_freq", "have one axis", got))
+    check_one_axis(function, inv_freq)
     recipe = angles == "float32"
     done = _core.cos_sin_arrays(positions, inv_freq, factor, recipe, cos, sin)
     if done is NotImplemented:  # the result lies in the memory of the inputs

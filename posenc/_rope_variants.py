@@ -15,7 +15,7 @@ from ._check import (
     whole_number,
 )
 from ._results import table_pair
-from ._rope_check import fill_table
+from ._rope_check import check_one_axis, fill_table
 from ._sinusoidal import INDEXINGS, grid_axes
 
 # Elements of a table of xPos that are computed at once.
@@ -216,9 +216,7 @@ def rope_table_sections(
         rule, got = "be of shape (n_axis, ...)", f"shape {positions.shape}"
         raise ValueError(must(here, "positions", rule, got))
     inv_freq = real_array(here, "inv_freq", inv_freq)
-    if inv_freq.ndim != 1:
-        got = f"shape {inv_freq.shape}"
-        raise ValueError(must(here, "inv_freq", "have one axis", got))
+    check_one_axis(here, inv_freq)
     form = (*positions.shape[1:], inv_freq.size), dtype, tensor
     parts = _sections(here, sections, inv_freq.size, len(positions), interleaved)
     answers, tables = table_pair(here, out, *form)
@@ -333,9 +331,7 @@ def rope_table_xpos(
     tensor = tensors.are_tensors(positions, inv_freq)
     positions = real_array(here, "positions", positions)
     inv_freq = real_array(here, "inv_freq", inv_freq)
-    if inv_freq.ndim != 1:
-        got = f"shape {inv_freq.shape}"
-        raise ValueError(must(here, "inv_freq", "have one axis", got))
+    check_one_axis(here, inv_freq)
     zeta = (np.arange(inv_freq.size) / max(inv_freq.size, 1) + gamma) / (1 + gamma)
     with np.errstate(over="ignore"):
         power = positions - reference

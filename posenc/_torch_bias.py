@@ -1,266 +1,47 @@
-"""Relative biases for PyTorch: differentiable functions, and modules.
-
-A bias between consecutive positions is a row of values per head, computed by torch, and
-one operator that spreads it; the gradient of that adds up along the diagonals.
-"""
+"""Relative biases for PyTorch: differentiable functions, and modules."""
 
 # SPDX-License-Identifier: BSD-3-Clause
 
 import functools
 import math
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from . import _core
-from . import _tensors as tensors
 from ._bias import KERNELS, alibi_slopes, check_buckets, check_kerple, pairs_of
 from ._bias import alibi_bias as plain_alibi_bias
 from ._bias import fire_bias as plain_fire_bias
 from ._bias import kerple_bias as plain_kerple_bias
 from ._bias import t5_bias as plain_t5_bias
-from ._bias import t5_bucket as plain_t5_bucket
-from ._bias_spread import check_logits, check_shape, in_type
-from ._check import must, one_of, real_number, true_or_false, whole_number
+from ._bias_spread import check_shape
+from ._check import one_of, real_number, true_or_false, whole_number
 from ._results import REAL_RULE
-from ._torch_check import as_tensor, check_tensor, float_dtype, refuse_out
-from ._torch_cope_ops import _register
-from ._torch_ops import _bare, _is_compiling, register, transformed, undisturbed
-
-# --- operators -----------------------------------------------------------------------
-
-
-def _spread(values, n_query, dtype):
-    values = tensors.as_numpy(_bare(values).contiguous())
-    n_key = values.shape[-1] - n_query + 1
-    shape = (*values.shape[:-1], n_query, n_key)
-    out = tensors.empty(shape, np.dtype(tensors.numpy_dtype(dtype)))
-    result = tensors.as_numpy(out)
-    if out.numel():
-        _core.bias_arrays(in_type(values, result.dtype), None, result)
-    return out
-
-
-def _fresh_spread(values, n_query, dtype):
-    shape = (*values.shape[:-1], n_query, values.shape[-1] - n_query + 1)
-    return values.new_empty(shape, dtype=dtype)
-
-
-def _collect(grad):
-    grad = _bare(grad)
-    n_query, n_key = grad.shape[-2:]
-    sums = grad.new_zeros((*grad.shape[:-2], n_query + n_key - 1), dtype=torch.float64)
-    if grad.numel():
-        _core.bias_collect_arrays(tensors.as_numpy(grad), tensors.as_numpy(sums))
-    return sums
-
-
-def _fresh_collect(grad):
-    n_query, n_key = grad.shape[-2:]
-    shape = (*grad.shape[:-2], n_query + n_key - 1)
-    return grad.new_empty(shape, dtype=torch.float64)
-
-
-def _bucket(offsets, num_buckets, max_distance, bidirectional):
-    return plain_t5_bucket(
-        _bare(offsets).contiguous(),
-        bidirectional=bidirectional,
-        num_buckets=num_buckets,
-        max_distance=max_distance,
-    )
-
-
-_SPREAD = _register(
-    "bias_spread(Tensor values, SymInt n_query, ScalarType dtype) -> Tensor",
-    _spread,
-    _fresh_spread,
+from ._torch_bias_ops import bucket
+from ._torch_bias_spread import consecutive, finish, grid_of, matrix
+from ._torch_check import (
+    as_tensor,
+    check_call,
+    common_dtype,
+    float_dtype,
+    wrong_dtype,
 )
-_COLLECT = _register("bias_collect(Tensor grad) -> Tensor", _collect, _fresh_collect)
-_BUCKET = register(
-    "t5_bucket(Tensor offsets, int num_buckets, int max_distance, "
-    "bool bidirectional) -> Tensor",
-    _bucket,
-    lambda offsets, *_: torch.empty_like(
-        offsets, memory_format=torch.contiguous_format, dtype=torch.int64
-    ),
-)
+from ._torch_register import is_dynamo_compiling, need_gradients, undisturbed
 
-
-class _Spread(torch.autograd.Function):
-    """Values (..., n) in float64, spread over (..., T, S) of another type."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(values, n_query, dtype):
-        return _SPREAD(values, n_query, dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.n_query, ctx.dtype = inputs[1:]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Collect.apply(grad), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """Sums along the diagonals of (..., T, S), in float64."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad):
-        return _COLLECT(grad)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.n_query, ctx.dtype = inputs[0].shape[-2], inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Spread.apply(grad, ctx.n_query, ctx.dtype)
-
-
-class _ForwardSpread(_Spread):
-    """With forward mode, which Dynamo does not follow."""
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _ForwardCollect.apply(grad), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return _ForwardSpread.apply(tangent, ctx.n_query, ctx.dtype)
-
-
-class _ForwardCollect(_Collect):
-    """The same of the sums."""
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _ForwardSpread.apply(grad, ctx.n_query, ctx.dtype)
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return _ForwardCollect.apply(tangent)
-
-
-# --- positions -----------------------------------------------------------------------
-
-
-class _Grid(NamedTuple):
-    """Where queries and keys are: consecutive from two starts on, or anywhere."""
-
-    n_query: int
-    n_key: int
-    q_start: Any = None
-    k_start: Any = None
-    q: Any = None
-    k: Any = None
-
-    def is_consecutive(self):
-        return self.q_start is not None
-
-    def offsets(self):
-        """Return the offsets, (n,) if they are consecutive, else (..., T, S)."""
-        if self.is_consecutive():
-            first = self.k_start - self.q_start - self.n_query + 1
-            return torch.arange(first, first + self.n_query + self.n_key - 1)
-        return self.k[..., None, :] - self.q[..., :, None]
-
-    def apart(self, start=0):
-        """Return the queries from one on, as positions anywhere."""
-        if not self.is_consecutive():
-            return self
-        q = torch.arange(self.q_start + start, self.q_start + self.n_query)
-        k = torch.arange(self.k_start, self.k_start + self.n_key)
-        return _Grid(self.n_query - start, self.n_key, q=q, k=k)
-
-
-def _grid(function, q_positions, k_positions, whole=False):
-    if isinstance(q_positions, _Grid):
-        return q_positions
-    given = {"q_positions": q_positions, "k_positions": k_positions}
-    if all(isinstance(part, range) and part.step == 1 for part in given.values()):
-        for name, part in given.items():
-            _check_reach(function, name, part[:1], part[-1:])
-        return _consecutive(
-            q_positions.start, len(q_positions), k_positions.start, len(k_positions)
-        )
-    q, k = (_positions(function, name, part, whole) for name, part in given.items())
-    if not _is_compiling() and undisturbed() and _are_steps(q) and _are_steps(k):
-        return _consecutive(int(q[0]), len(q), int(k[0]), len(k))
-    try:
-        torch.broadcast_shapes(q.shape[:-1], k.shape[:-1])
-    except RuntimeError:
-        rule = f"have leading axes that broadcast with {tuple(q.shape[:-1])}"
-        got = tuple(k.shape[:-1])
-        raise ValueError(must(function, "k_positions", rule, got)) from None
-    return _Grid(q.shape[-1], k.shape[-1], q=q, k=k)
-
-
-def _consecutive(q_start, n_query, k_start, n_key):
-    grid = _Grid(n_query, n_key, q_start, k_start)
-    return grid.apart() if n_query == 0 or n_key == 0 else grid
-
-
-def _positions(function, name, value, whole):
-    value = as_tensor(function, name, value)
-    check_tensor(function, name, value)
-    if value.dim() == 0:
-        raise ValueError(must(function, name, "have at least one axis", "shape ()"))
-    kind = str(value.dtype).removeprefix("torch.")
-    if value.is_complex() or (whole and (value.is_floating_point() or kind == "bool")):
-        rule = "be whole numbers" if whole else "be real numbers"
-        raise TypeError(must(function, name, rule, f"dtype {kind}"))
-    if kind == "int64" and value.numel() and undisturbed() and not value.is_meta:
-        _check_reach(function, name, [value.min()], [value.max()])
-    return value.to(torch.int64 if whole else torch.float64)
-
-
-def _check_reach(function, name, least, most):
-    """Raise if whole numbers are such as float64 rounds; compiled code does not ask."""
-    if not _is_compiling():
-        extreme = max((abs(int(end)) for end in (*least, *most)), default=0)
-        if extreme > 2**53:
-            rule = "hold whole numbers of magnitude at most 2**53"
-            raise ValueError(must(function, name, rule, extreme))
-
-
-def _are_steps(positions):
-    if positions.dim() != 1 or not len(positions):
-        return False
-    first = positions[0]
-    if not torch.isfinite(first) or first != first.round():
-        return False
-    return bool((positions - first == torch.arange(len(positions))).all())
-
-
-# --- results -------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------
 
 
 def _plain(given, add_to, out):
     """Tell whether NumPy's function may answer: no gradients and nobody listens."""
-    if not undisturbed():
+    given = (*given, add_to, out)
+    if not undisturbed() or any(t is not None and t.is_meta for t in given):
         return False
-    given = [t for t in (*given, add_to, out) if t is not None]
-    if any(t.is_meta for t in given):
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+    return not need_gradients(given)
 
 
 def _check(function, given, add_to, out):
     """Return the tensors of a call; refuse what no operator takes."""
     given = {name: as_tensor(function, name, value) for name, value in given.items()}
-    others = {"add_to": add_to, "out": out}
-    others = {name: value for name, value in others.items() if value is not None}
-    for name, tensor in {**given, **others}.items():
-        check_tensor(function, name, tensor)
-    if out is not None:
-        inputs = given.values() if add_to is None else (*given.values(), add_to)
-        refuse_out(function, (out,), inputs)
+    others = {} if add_to is None else {"add_to": add_to}
+    check_call(function, given | others, out)
     return list(given.values())
 
 
@@ -271,48 +52,9 @@ def _check_shapes(function, **given):
     """
     for name, (tensor, shape) in given.items():
         if tensor.is_complex():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise TypeError(must(function, name, REAL_RULE, f"dtype {kind}"))
-        if tensor.dim() != len(shape) or not _is_compiling():
+            raise wrong_dtype(function, name, REAL_RULE, tensor)
+        if tensor.dim() != len(shape) or not is_dynamo_compiling():
             check_shape(function, name, tuple(tensor.shape), shape)
-
-
-def _common(*given):
-    """Return the common dtype; whole numbers count as float64."""
-    dtype = None
-    for tensor in given:
-        own = tensor.dtype if tensor.is_floating_point() else torch.float64
-        dtype = own if dtype is None else torch.promote_types(dtype, own)
-    return dtype
-
-
-def _matrix(evaluate, grid, dtype):
-    """Return evaluated offsets as (..., H, T, S)."""
-    if grid.is_consecutive():
-        work = _ForwardSpread if transformed() else _Spread
-        return work.apply(evaluate(grid.offsets()), grid.n_query, dtype)
-    values = evaluate(grid.offsets()).movedim(0, -3)
-    if dtype.itemsize == 2:
-        values = values.float()
-    return values.to(dtype)
-
-
-def _finish(function, make, dtype, add_to, out):
-    """Return the bias that `make` gives in a dtype, added or written as asked for."""
-    if add_to is not None:
-        if not add_to.is_floating_point():
-            kind = str(add_to.dtype).removeprefix("torch.")
-            raise TypeError(must(function, "add_to", REAL_RULE, f"dtype {kind}"))
-        bias = make(torch.promote_types(torch.float32, add_to.dtype))
-        if not _is_compiling():
-            shape = tuple(bias.shape)
-            check_logits(function, tuple(add_to.shape), shape[:-3], shape[-3:])
-        if out is None:
-            # Expanded, so that gradients of 16 bits are summed over batches as these.
-            return add_to.add_(bias.expand_as(add_to))
-        return out.copy_(add_to + bias)
-    bias = make(dtype)
-    return bias if out is None else out.copy_(bias)
 
 
 def _per_head(parameter, like):
@@ -402,20 +144,20 @@ def t5_bias(
             out=out,
         )
     _check_shapes(here, weight=(weight, ("num_buckets", "H")))
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         check_buckets(here, bidirectional, weight.shape[0], max_distance, "weight")
-    grid = _grid(here, q_positions, k_positions, whole=True)
+    grid = grid_of(here, q_positions, k_positions, whole=True)
 
     def evaluate(offsets):
         offsets = offsets.to(weight.device)
-        buckets = _BUCKET(offsets, weight.shape[0], max_distance, bidirectional)
+        buckets = bucket(offsets, weight.shape[0], max_distance, bidirectional)
         values = torch.nn.functional.embedding(buckets, weight.double())
         return values.movedim(-1, 0)
 
-    return _finish(
+    return finish(
         here,
-        lambda dtype: _matrix(evaluate, grid, dtype),
-        _common(weight),
+        lambda dtype: matrix(evaluate, grid, dtype),
+        common_dtype(weight),
         add_to,
         out,
     )
@@ -482,11 +224,11 @@ def alibi_bias(
             out=out,
         )
     _check_shapes(here, slopes=(slopes, ("H",)))
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         true_or_false(here, "symmetric", symmetric)
-    grid = _grid(here, q_positions, k_positions)
+    grid = grid_of(here, q_positions, k_positions)
     make = functools.partial(_linear, slopes, grid, symmetric)
-    return _finish(here, make, _common(slopes), add_to, out)
+    return finish(here, make, common_dtype(slopes), add_to, out)
 
 
 def _linear(slopes, grid, symmetric, dtype):
@@ -497,7 +239,7 @@ def _linear(slopes, grid, symmetric, dtype):
         offsets = -offsets.abs() if symmetric else offsets
         return _per_head(slopes, offsets) * offsets + 0.0
 
-    return _matrix(evaluate, grid, dtype)
+    return matrix(evaluate, grid, dtype)
 
 
 def kerple_bias(
@@ -556,11 +298,11 @@ def kerple_bias(
             r1, r2, q_positions, k_positions, kernel=kernel, add_to=add_to, out=out
         )
     _check_shapes(here, r1=(r1, ("H",)), r2=(r2, tuple(r1.shape)))
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         one_of(here, "kernel", kernel, KERNELS)
     if undisturbed() and not (r1.is_meta or r2.is_meta):
         check_kerple(here, *(_doubles(part) for part in (r1, r2)), kernel)
-    grid = _grid(here, q_positions, k_positions)
+    grid = grid_of(here, q_positions, k_positions)
 
     def evaluate(offsets):
         distance = offsets.to(r1.device).abs().double()
@@ -571,10 +313,10 @@ def kerple_bias(
         power = torch.where(is_zero, 1.0, distance) ** b
         return 0.0 - torch.where(is_zero, 0.0, a * power)
 
-    return _finish(
+    return finish(
         here,
-        lambda dtype: _matrix(evaluate, grid, dtype),
-        _common(r1, r2),
+        lambda dtype: matrix(evaluate, grid, dtype),
+        common_dtype(r1, r2),
         add_to,
         out,
     )
@@ -684,7 +426,7 @@ def fire_bias(
         if undisturbed() and not number.is_meta:
             real_number(here, name, number.item())
     c, threshold = c.double().abs(), threshold.double().abs()
-    grid = _grid(here, q_positions, k_positions)
+    grid = grid_of(here, q_positions, k_positions)
 
     def ratio(offsets, limit):
         offsets, limit = offsets.to(flat[0].device), limit.to(flat[0].device)
@@ -702,17 +444,17 @@ def fire_bias(
         parts = []
         if near is not None:
             parts.append(
-                _matrix(lambda offsets: network(ratio(offsets, threshold)), near, dtype)
+                matrix(lambda offsets: network(ratio(offsets, threshold)), near, dtype)
             )
         if far is not None:
             query = far.q.to(threshold.device, torch.float64)
             query = torch.maximum(query, threshold)[..., :, None]
             parts.append(
-                _matrix(lambda offsets: network(ratio(offsets, query)), far, dtype)
+                matrix(lambda offsets: network(ratio(offsets, query)), far, dtype)
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
-    return _finish(here, make, _common(*flat), add_to, out)
+    return finish(here, make, common_dtype(*flat), add_to, out)
 
 
 def _check_layers(function, layers):
@@ -739,8 +481,8 @@ def _split(grid, threshold):
 def _places(function, n_query, n_key):
     """Return the positions of the last queries of some keys."""
     n_key = n_query if n_key is None else n_key
-    if _is_compiling():  # a range would fix the numbers in the graph
-        grid = _consecutive(n_key - n_query, n_query, 0, n_key)
+    if is_dynamo_compiling():  # a range would fix the numbers in the graph
+        grid = consecutive(n_key - n_query, n_query, 0, n_key)
         return grid, grid
     n_query = whole_number(function, "n_query", n_query, 0)
     n_key = whole_number(function, "n_key", n_key, n_query)
@@ -941,7 +683,7 @@ class ALiBi(torch.nn.Module):
         places = _places("ALiBi", n_query, n_key)
         dtype = float_dtype("ALiBi", dtype)
         if add_to is None:
-            grid = _grid("ALiBi", *places)
+            grid = grid_of("ALiBi", *places)
             return _linear(self.slopes, grid, self.symmetric, dtype)
         return alibi_bias(self.slopes, *places, symmetric=self.symmetric, add_to=add_to)
 

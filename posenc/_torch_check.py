@@ -1,6 +1,8 @@
-"""What the functions for torch check of their tensors."""
+"""What the functions for torch check of their tensors, and the types of results."""
 
 # SPDX-License-Identifier: BSD-3-Clause
+
+import functools
 
 import numpy as np
 import torch
@@ -43,6 +45,20 @@ def refuse_out(function, out, inputs):
         raise TypeError(must(function, "out", rule, got))
 
 
+def check_out(function, out, inputs):
+    """Refuse a tensor for the result that no operator takes, or that gradients want."""
+    check_tensor(function, "out", out)
+    refuse_out(function, (out,), inputs)
+
+
+def check_call(function, given, out):
+    """Refuse tensors, by their names, that no operator takes."""
+    for name, tensor in given.items():
+        check_tensor(function, name, tensor)
+    if out is not None:
+        check_out(function, out, given.values())
+
+
 def float_dtype(function, dtype):
     """Return a dtype of NumPy or torch as torch's; raise unless it is one of ours."""
     if isinstance(dtype, torch.dtype):
@@ -58,3 +74,32 @@ def float_dtype(function, dtype):
         if str(own) == f"torch.{got}":
             return own
     raise TypeError(must(function, "dtype", REAL_RULE, got))
+
+
+def wrong_dtype(function, name, rule, tensor):
+    """Return the error that says of a tensor what its dtype must be."""
+    got = str(tensor.dtype).removeprefix("torch.")
+    return TypeError(must(function, name, rule, f"dtype {got}"))
+
+
+# --- types ---------------------------------------------------------------------------
+
+
+def is_whole(tensor):
+    """Tell whether a tensor holds whole numbers, and not truth values."""
+    return not (
+        tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    )
+
+
+def common_dtype(*given):
+    """Return the common dtype of tensors; whole numbers count as float64."""
+    dtypes = [t.dtype if t.is_floating_point() else torch.float64 for t in given]
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def result_dtype(x, *table):
+    """Return the dtype of data after a table: 16 bits stay, but with one of float64."""
+    if x.dtype in FLOATS[:2] and common_dtype(*table) != torch.float64:
+        return x.dtype
+    return common_dtype(x, *table)

@@ -6,8 +6,8 @@ import torch
 
 from . import _torch_cope_ops
 from ._check import must, one_of, real_number, true_or_false, whole_number
-from ._torch_check import as_tensor, check_tensor, refuse_out
-from ._torch_ops import _is_compiling
+from ._torch_check import as_tensor, check_call, check_tensor
+from ._torch_register import is_dynamo_compiling
 
 GATES = ("key", "gate_key", "value")
 
@@ -78,9 +78,9 @@ def cope_bias(logits, z, *, causal=True, mask=None, out=None):
     here, given = "cope_bias", {"logits": logits, "z": z}
     if mask is not None:
         given["mask"] = mask = as_tensor(here, "mask", mask)
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         true_or_false(here, "causal", causal)
-    _check(here, given, out)
+    check_call(here, given, out)
     return _torch_cope_ops.bias((logits, z, mask), causal, out)
 
 
@@ -179,22 +179,13 @@ def cope_attention(
         given["gate_key"] = gate_key
     if mask is not None:
         given["mask"] = mask = as_tensor(here, "mask", mask)
-    if not _is_compiling():
+    if not is_dynamo_compiling():
         scale = None if scale is None else real_number(here, "scale", scale)
         position_scale = real_number(here, "position_scale", position_scale)
         true_or_false(here, "causal", causal)
-    _check(here, given, out)
+    check_call(here, given, out)
     operands = q, k, v, embedding, gate_key, mask
     return _torch_cope_ops.attend(operands, (scale, position_scale, causal), out)
-
-
-def _check(function, given, out):
-    """Refuse tensors that no operator takes."""
-    for name, tensor in given.items():
-        check_tensor(function, name, tensor)
-    if out is not None:
-        check_tensor(function, "out", out)
-        refuse_out(function, (out,), given.values())
 
 
 # --- modules -------------------------------------------------------------------------

@@ -16,12 +16,17 @@ from ._cope import cope_bias as plain_cope_bias
 from ._cope_attention import cope_attention as plain_cope_attention
 from ._cope_attention import prepare, sizes_of, sum_to
 from ._results import aligned, dtypes_of
-from ._torch_ops import (
-    _HALF_SIZED,
-    _are_plain,
-    _bare,
-    _is_compiling,
+from ._torch_check import common_dtype, result_dtype
+from ._torch_register import (
+    are_plain,
+    bare,
+    bares,
+    distinct,
+    is_dynamo_compiling,
+    need_gradients,
+    nothing,
     register,
+    register_looped,
     transformed,
 )
 
@@ -32,20 +37,6 @@ def _named(operands):
     """Return the operands of attention by name, without one that was not given."""
     pairs = zip(_OPERANDS, operands, strict=True)
     return {name: tensor for name, tensor in pairs if tensor is not None}
-
-
-def _as_float(*given):
-    """Return the common dtype of tensors; whole numbers count as float64."""
-    dtypes = [t.dtype if t.is_floating_point() else torch.float64 for t in given]
-    common = dtypes[0]
-    for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
-    return common
-
-
-def _real(*given):
-    """Return the dtype of sums: float32, or float64 if one is of that."""
-    return torch.promote_types(_as_float(*given), torch.float32)
 
 
 def _in_order_of(tensor, shape, dtype):
@@ -72,28 +63,13 @@ def _fresh_gradients(operands):
     )
 
 
-def _bares(given):
-    return [None if t is None else _bare(t) for t in given]
-
-
-def _plain(given):
-    return _are_plain([t for t in given if t is not None])
-
-
-def _distinct(given):
-    """Return the tensors, none of them twice: Dynamo does not take that."""
-    distinct = []
-    for tensor in given:
-        if tensor is not None and any(tensor is other for other in distinct):
-            tensor = tensor.view_as(tensor)
-        distinct.append(tensor)
-    return distinct
-
-
-def _need_gradients(given):
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in given
-    )
+def _gradients(operator, function, given):
+    """Compute gradients by an operator of compilers, or by an autograd function."""
+    if is_dynamo_compiling():
+        return operator(*given)
+    if torch.is_grad_enabled():  # somebody may want a second derivative
+        return function.apply(*given)
+    return function.forward(*given)
 
 
 def _only(gradients, needed):
@@ -102,34 +78,11 @@ def _only(gradients, needed):
     return [gradient if need else None for gradient, need in pairs]
 
 
-def _register(schema, implementation, fake):
-    """Define an operator that ``torch.vmap`` calls once for each of a batch."""
-    operator = register(schema, implementation, fake)
-
-    def batched(info, in_dims, *arguments):
-        results = [
-            operator(
-                *(
-                    a if dim is None else a.select(dim, i)
-                    for a, dim in zip(arguments, in_dims, strict=True)
-                )
-            )
-            for i in range(info.batch_size)
-        ]
-        if isinstance(results[0], torch.Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
-        return stacked, (0,) * len(stacked)
-
-    torch.library.register_vmap(operator, batched)
-    return operator
-
-
 # --- attention -----------------------------------------------------------------------
 
 
 def _attention(q, k, v, embedding, gate_key, mask, *options):
-    *operands, mask = _bares((q, k, v, embedding, gate_key, mask))
+    *operands, mask = bares((q, k, v, embedding, gate_key, mask))
     attention = prepare(_named(operands), mask, *options)
     out, array = attention.result(operands[0], None)
     statistics = tensors.empty(attention.sizes.rows(2), attention.real())
@@ -141,14 +94,15 @@ def _fresh_attention(q, k, v, embedding, gate_key, mask, *_options):
     given = _named((q, k, v, embedding, gate_key))
     shapes = {name: tuple(t.shape) for name, t in given.items()}
     sizes = sizes_of(shapes, None if mask is None else tuple(mask.shape))
-    out = _in_order_of(q, sizes.rows(sizes.dim), _as_float(q, k, v))
-    statistics = q.new_empty(sizes.rows(2), dtype=_real(*given.values()))
+    out = _in_order_of(q, sizes.rows(sizes.dim), common_dtype(q, k, v))
+    real = torch.promote_types(common_dtype(*given.values()), torch.float32)
+    statistics = q.new_empty(sizes.rows(2), dtype=real)
     return out, statistics
 
 
 def _attention_out(q, k, v, embedding, gate_key, mask, *rest):
     *options, out = rest
-    *operands, mask = _bares((q, k, v, embedding, gate_key, mask))
+    *operands, mask = bares((q, k, v, embedding, gate_key, mask))
     _write_attention((*operands, mask), options, out)
 
 
@@ -167,9 +121,9 @@ def _write_attention(given, options, out):
 
 
 def _attention_backward(grad, out, statistics, *given):
-    *operands, mask = _bares(given[:6])
+    *operands, mask = bares(given[:6])
     attention = prepare(_named(operands), mask, *given[6:])
-    results = (tensors.as_numpy(_bare(t)) for t in (out, statistics, grad))
+    results = (tensors.as_numpy(bare(t)) for t in (out, statistics, grad))
     gradients = attention.gradients(*results)
     return _gradient_tensors([gradients.get(name) for name in _OPERANDS], operands)
 
@@ -178,15 +132,15 @@ _GIVEN = (
     "Tensor q, Tensor k, Tensor v, Tensor position_embedding, Tensor? gate_key, "
     "Tensor? mask, float? scale, float position_scale, bool causal"
 )
-_ATTENTION = _register(
+_ATTENTION = register_looped(
     f"cope_attention({_GIVEN}) -> (Tensor, Tensor)", _attention, _fresh_attention
 )
 _ATTENTION_OUT = register(
     f"cope_attention_out({_GIVEN}, Tensor(a!) out) -> ()",
     _attention_out,
-    lambda *_: None,
+    nothing,
 )
-_ATTENTION_BACKWARD = _register(
+_ATTENTION_BACKWARD = register_looped(
     f"cope_attention_backward(Tensor grad, Tensor out, Tensor statistics, {_GIVEN}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
@@ -202,15 +156,15 @@ def attend(given, options, out=None):
     query are hidden.
     """
     if out is not None:
-        if _plain((*given, out)):
+        if are_plain((*given, out)):
             _write_attention(given, options, out)
         else:
             _ATTENTION_OUT(*given, *options, out)
         return out
-    if transformed() or _need_gradients(given):
-        return _Attention.apply(*_distinct(given), *options)[0]
-    if _plain(given):
-        *operands, mask = _bares(given)
+    if transformed() or need_gradients(given):
+        return _Attention.apply(*distinct(given), *options)[0]
+    if are_plain(given):
+        *operands, mask = bares(given)
         attention = prepare(_named(operands), mask, *options)
         out, array = attention.result(operands[0], None)
         attention.run(array)
@@ -225,7 +179,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        work = _attention if _plain(arguments[:6]) else _ATTENTION
+        work = _attention if are_plain(arguments[:6]) else _ATTENTION
         return work(*arguments)
 
     @staticmethod
@@ -237,12 +191,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _of_statistics):
         given = grad, *ctx.saved_tensors, *ctx.options
-        if _is_compiling():
-            gradients = _ATTENTION_BACKWARD(*given)
-        elif torch.is_grad_enabled():  # somebody may want a second derivative
-            gradients = _AttentionGradient.apply(*given)
-        else:
-            gradients = _AttentionGradient.forward(*given)
+        gradients = _gradients(_ATTENTION_BACKWARD, _AttentionGradient, given)
         return *_only(gradients, ctx.needs_input_grad), None, None, None, None
 
 
@@ -253,7 +202,7 @@ class _AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        work = _attention_backward if _plain(arguments[:9]) else _ATTENTION_BACKWARD
+        work = _attention_backward if are_plain(arguments[:9]) else _ATTENTION_BACKWARD
         return work(*arguments)
 
     @staticmethod
@@ -274,16 +223,14 @@ def _second_derivative(function):
 
 
 def _bias(logits, z, mask, causal, out=None):
-    logits, z, mask = _bares((logits, z, mask))
+    logits, z, mask = bares((logits, z, mask))
     return plain_cope_bias(logits, z, causal=causal, mask=mask, out=out)
 
 
 def _fresh_bias(logits, z, mask, _causal):
     rows = [t.shape[:-1] for t in (logits, z, mask) if t is not None]
     shape = (*torch.broadcast_shapes(*rows), logits.shape[-1])
-    if logits.dtype in _HALF_SIZED and _as_float(z) != torch.float64:
-        return _in_order_of(logits, shape, logits.dtype)
-    return _in_order_of(logits, shape, _as_float(logits, z))
+    return _in_order_of(logits, shape, result_dtype(logits, z))
 
 
 def _bias_out(logits, z, mask, causal, out):
@@ -291,7 +238,7 @@ def _bias_out(logits, z, mask, causal, out):
 
 
 def _bias_backward(grad, logits, z, mask, causal):
-    grad, *given = _bares((grad, logits, z, mask))
+    grad, *given = bares((grad, logits, z, mask))
     arrays = [None if t is None else tensors.as_numpy(t) for t in given]
     gradients = _bias_gradients(*arrays, bool(causal), tensors.as_numpy(grad))
     return _gradient_tensors(gradients, given[:2])
@@ -318,11 +265,11 @@ def _bias_gradients(logits, z, mask, causal, grad):
 
 
 _LOGITS = "Tensor logits, Tensor z, Tensor? mask, bool causal"
-_BIAS = _register(f"cope_bias({_LOGITS}) -> Tensor", _bias, _fresh_bias)
+_BIAS = register_looped(f"cope_bias({_LOGITS}) -> Tensor", _bias, _fresh_bias)
 _BIAS_OUT = register(
-    f"cope_bias_out({_LOGITS}, Tensor(a!) out) -> ()", _bias_out, lambda *_: None
+    f"cope_bias_out({_LOGITS}, Tensor(a!) out) -> ()", _bias_out, nothing
 )
-_BIAS_BACKWARD = _register(
+_BIAS_BACKWARD = register_looped(
     f"cope_bias_backward(Tensor grad, {_LOGITS}) -> (Tensor, Tensor)",
     _bias_backward,
     lambda grad, logits, z, *_: _fresh_gradients((logits, z)),
@@ -335,14 +282,14 @@ def bias(given, causal, out=None):
     `given` are the logits, z and the mask or None.
     """
     if out is not None:
-        if _plain((*given, out)):
+        if are_plain((*given, out)):
             _bias(*given, causal, out)
         else:
             _BIAS_OUT(*given, causal, out)
         return out
-    if transformed() or _need_gradients(given):
-        return _Bias.apply(*_distinct(given), causal)
-    return (_bias if _plain(given) else _BIAS)(*given, causal)
+    if transformed() or need_gradients(given):
+        return _Bias.apply(*distinct(given), causal)
+    return (_bias if are_plain(given) else _BIAS)(*given, causal)
 
 
 class _Bias(torch.autograd.Function):
@@ -352,7 +299,7 @@ class _Bias(torch.autograd.Function):
 
     @staticmethod
     def forward(logits, z, mask, causal):
-        work = _bias if _plain((logits, z, mask)) else _BIAS
+        work = _bias if are_plain((logits, z, mask)) else _BIAS
         return work(logits, z, mask, causal)
 
     @staticmethod
@@ -363,12 +310,7 @@ class _Bias(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         given = grad, *ctx.saved_tensors, ctx.causal
-        if _is_compiling():
-            gradients = _BIAS_BACKWARD(*given)
-        elif torch.is_grad_enabled():  # somebody may want a second derivative
-            gradients = _BiasGradient.apply(*given)
-        else:
-            gradients = _BiasGradient.forward(*given)
+        gradients = _gradients(_BIAS_BACKWARD, _BiasGradient, given)
         return *_only(gradients, ctx.needs_input_grad), None, None
 
 
@@ -379,7 +321,7 @@ class _BiasGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        work = _bias_backward if _plain(arguments[:4]) else _BIAS_BACKWARD
+        work = _bias_backward if are_plain(arguments[:4]) else _BIAS_BACKWARD
         return work(*arguments)
 
     @staticmethod

@@ -9,37 +9,18 @@ The operators are what `torch.compile` keeps in its graphs; they stand below aut
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from ._rope import rope, rope_qk, rope_table
-
-_is_compiling = torch.compiler.is_dynamo_compiling
-_is_tracing = torch._C._is_tracing
-_modes = torch._C._len_torch_dispatch_stack
-_level = torch._C._functorch.maybe_current_level
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-_HALF_SIZED = (torch.float16, torch.bfloat16)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def undisturbed():
-    """Tell whether nobody traces, watches or transforms what is computed now."""
-    return not (
-        _is_compiling()
-        or _modes()
-        or forward_ad._current_level >= 0
-        or _level() is not None
-        or _is_tracing()
-    )
-
-
-def transformed():
-    """Tell whether ``torch.func`` or forward mode wants more than autograd does.
-
-    Dynamo does not follow this question into ``torch.func``, but breaks its graph
-    there: loud or slow, but not wrong.
-    """
-    return _level() is not None or forward_ad._current_level >= 0
+from ._torch_check import result_dtype
+from ._torch_register import (
+    are_plain,
+    bare,
+    distinct,
+    nothing,
+    register,
+    spare_gradients,
+    transformed,
+)
 
 
 class Turn(NamedTuple):
@@ -83,28 +64,10 @@ _OPTIONS = Turn._fields + Rows._fields
 
 # --- operators -----------------------------------------------------------------------
 
-library = torch.library.Library("posenc", "FRAGMENT")
-
-
-def register(schema, implementation, fake):
-    """Define an operator on CPU tensors; return it."""
-    name = schema[: schema.index("(")]
-    library.define(schema)
-    library.impl(name, implementation, "CPU")
-    torch.library.register_fake(f"posenc::{name}", fake, lib=library)
-    return getattr(torch.ops.posenc, name).default
-
-
-def _bare(tensor):
-    """Return the tensor below autograd, and below a subclass that only adds to it."""
-    if type(tensor) not in _PLAIN:
-        tensor = tensor.as_subclass(torch.Tensor)
-    return tensor.detach() if tensor.requires_grad else tensor
-
 
 def compute(xs, cos, sin, rows, turn, out=None):
     """Rotate CPU tensors; return a tuple."""
-    *xs, cos, sin = map(_bare, (*xs, cos, sin))
+    *xs, cos, sin = map(bare, (*xs, cos, sin))
     options = dict(zip(_OPTIONS, (*turn, *rows), strict=True))
     if len(xs) == 2:
         return rope_qk(*xs, cos, sin, out=out, **options)
@@ -113,11 +76,7 @@ def compute(xs, cos, sin, rows, turn, out=None):
 
 def fresh(x, cos, sin):
     """Return memory as that of the rotated x."""
-    table = torch.promote_types(cos.dtype, sin.dtype)
-    if x.dtype in _HALF_SIZED and table != torch.float64:
-        return torch.empty_like(x)
-    own = x.dtype if x.is_floating_point() else torch.float64
-    return torch.empty_like(x, dtype=torch.promote_types(own, table))
+    return torch.empty_like(x, dtype=result_dtype(x, cos, sin))
 
 
 def _rope(x, cos, sin, *rest):
@@ -136,10 +95,6 @@ def _rope_out(x, cos, sin, *rest):
 def _rope_qk_out(q, k, cos, sin, *rest):
     *rest, q_out, k_out = rest
     compute((q, k), cos, sin, Rows(*rest[:3]), Turn(*rest[3:]), (q_out, k_out))
-
-
-def _nothing(*_):
-    return None
 
 
 _REST = (
@@ -162,28 +117,20 @@ _WRITERS = {
     1: register(
         f"rope_out(Tensor x, {_REST}, Tensor(a!) out) -> ()",
         _rope_out,
-        _nothing,
+        nothing,
     ),
     2: register(
         f"rope_qk_out(Tensor q, Tensor k, {_REST}, "
         "Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
         _rope_qk_out,
-        _nothing,
+        nothing,
     ),
 }
 
 
-def _are_plain(tensors):
-    """Tell whether these have memory of the CPU, and nobody has to hear about it."""
-    return undisturbed() and all(
-        type(t) in _PLAIN and t.is_cpu and not (t.is_neg() or _is_batched(t))
-        for t in tensors
-    )
-
-
 def _apply(xs, cos, sin, rows, turn):
     """Rotate below autograd, through an operator where somebody looks on."""
-    if _are_plain((*xs, cos, sin)):
+    if are_plain((*xs, cos, sin)):
         return compute(xs, cos, sin, rows, turn)
     result = _MAKERS[len(xs)](*xs, cos, sin, *rows, *turn)
     return result if len(xs) == 2 else (result,)
@@ -191,7 +138,7 @@ def _apply(xs, cos, sin, rows, turn):
 
 def write(xs, cos, sin, rows, turn, out):
     """Rotate into `out`, without gradients."""
-    if _are_plain((*xs, cos, sin, *out)):
+    if are_plain((*xs, cos, sin, *out)):
         compute(xs, cos, sin, rows, turn, out)
     else:
         _WRITERS[len(xs)](*xs, cos, sin, *rows, *turn, *out)
@@ -199,8 +146,8 @@ def write(xs, cos, sin, rows, turn, out):
 
 def _rope_table(positions, inv_freq, attention_factor, angles, dtype):
     return rope_table(
-        _bare(positions),
-        _bare(inv_freq),
+        bare(positions),
+        bare(inv_freq),
         attention_factor=attention_factor,
         angles=angles,
         dtype=dtype,
@@ -232,10 +179,8 @@ def rotate(xs, cos, sin, rows, turn):
     if is_transformed or any(needed[:2]):
         cos, sin = (_full_rank(t, xs[0], rows, turn.axis) for t in (cos, sin))
         rows = Rows()
-    if len(xs) == 2 and xs[0] is xs[1]:  # which Dynamo does not take
-        xs = xs[0], xs[1].view_as(xs[1])
     apply = _apply_transformed if is_transformed else _Rotation.apply
-    return apply(turn, cos, sin, *rows, *xs)
+    return apply(turn, cos, sin, *rows, *distinct(xs))
 
 
 def _full_rank(table, x, rows, axis):
@@ -250,12 +195,6 @@ def _full_rank(table, x, rows, axis):
     shape[0] = table.shape[0] if table.ndim == 3 else 1
     shape[axis], shape[-1] = table.shape[-2:]
     return table.reshape(shape)
-
-
-def spare_gradients(ctx, results, needed):
-    """Declare that no gradient is needed of what has come from constants."""
-    pairs = zip(results, needed, strict=True)
-    ctx.mark_non_differentiable(*[result for result, need in pairs if not need])
 
 
 class _Rotation(torch.autograd.Function):
@@ -339,7 +278,7 @@ def table(positions, inv_freq, attention_factor, angles, dtype):
     arguments = positions, inv_freq, attention_factor, angles, dtype
     if torch.is_grad_enabled() and inv_freq.requires_grad:
         return _Table.apply(*arguments)
-    return _rope_table(*arguments) if _are_plain(arguments[:2]) else _TABLE(*arguments)
+    return _rope_table(*arguments) if are_plain(arguments[:2]) else _TABLE(*arguments)
 
 
 class _Table(torch.autograd.Function):
@@ -348,7 +287,7 @@ class _Table(torch.autograd.Function):
     @staticmethod
     def forward(positions, inv_freq, *rest):
         arguments = positions, inv_freq, *rest
-        if _are_plain((positions, inv_freq)):
+        if are_plain((positions, inv_freq)):
             return _rope_table(*arguments)
         return _TABLE(*arguments)
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from . import _hf_exact, _hf_rotation, _hf_scaling
 from ._check import must, whole_number
+from ._hf_tally import tally
 from ._scaling_check import read_strictly
 
 __all__ = ["FAMILIES", "Family", "Handle", "Report", "patch"]
@@ -245,7 +246,7 @@ class Handle:
     def __init__(self, request, inplace):
         self._request, self._inplace, self._active = request, inplace, True
         self._replacements, self._replaced, self._left_alone = [], [], []
-        self._before, self._after = _hf_rotation.tally.copy(), None
+        self._before, self._after = tally.copy(), None
 
     def __enter__(self):
         return self
@@ -264,7 +265,7 @@ class Handle:
         Report
             Prints as text.
         """
-        since = (self._after or _hf_rotation.tally.copy()) - self._before
+        since = (self._after or tally.copy()) - self._before
         rotations, tables = (
             {why or "posenc": n for (what, why), n in since.items() if what == work}
             for work in ("rotation", "table")
@@ -277,7 +278,7 @@ class Handle:
         with _hf_scaling.lock:
             if not self._active:
                 return
-            self._active, self._after = False, _hf_rotation.tally.copy()
+            self._active, self._after = False, tally.copy()
             _hf_scaling.drop_everywhere(self._request)
             problems = [each.release(self._inplace) for each in self._replacements]
             self._left_alone += filter(None, problems)

@@ -21,9 +21,10 @@ from ._rope import rope_table
 from ._rope_check import ANGLES, LAYOUTS
 from ._scaling import rope_inv_freq
 from ._torch_bias import ALiBi, T5Bias, alibi_bias, fire_bias, kerple_bias, t5_bias
-from ._torch_check import as_tensor, check_tensor, refuse_out
+from ._torch_check import as_tensor, check_tensor, is_whole, refuse_out, wrong_dtype
 from ._torch_cope import CoPE, CoPEAttention, KVCache, cope_attention, cope_bias
-from ._torch_ops import Rows, Turn, undisturbed
+from ._torch_ops import Rows, Turn
+from ._torch_register import undisturbed
 from ._torch_tables import (
     LearnedEmbedding,
     SinusoidalEmbedding,
@@ -274,10 +275,8 @@ def _row_tensors(function, rows):
     for name, value in rows._asdict().items():
         if value is not None:
             value = as_tensor(function, name, value)
-            is_whole = not (value.is_floating_point() or value.is_complex())
-            if not is_whole or value.dtype == torch.bool:
-                got = f"dtype {str(value.dtype).removeprefix('torch.')}"
-                raise TypeError(must(function, name, "be whole numbers", got))
+            if not is_whole(value):
+                raise wrong_dtype(function, name, "be whole numbers", value)
         tensors.append(value)
     return Rows(*tensors)
 

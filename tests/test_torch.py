@@ -427,6 +427,14 @@ def test_meta_tensors_give_meta_tensors():
     assert torch.autograd.grad(result.sum(), x)[0].is_meta
 
 
+@pytest.mark.parametrize("of_table", [*DTYPES, torch.int64], ids=str)
+@pytest.mark.parametrize("of_x", [*DTYPES, torch.int64], ids=str)
+def test_meta_tensors_give_the_dtype_that_others_give(of_x, of_table):
+    x, table = torch.ones(3, 4, dtype=of_x), torch.ones(3, 2, dtype=of_table)
+    expected = rope(x, table, table).dtype
+    assert rope(x.to("meta"), table.to("meta"), table.to("meta")).dtype == expected
+
+
 @pytest.mark.parametrize("x", IN_MEMORY.values(), ids=IN_MEMORY)
 def test_fresh_results_lie_in_memory_as_the_fake_ones_say(x):
     cos, sin = tables(n_row=x.shape[-2])

@@ -346,6 +346,14 @@ def test_a_sinusoidal_module_has_no_state():
     assert "layout='concat', downscale_freq_shift=1.0" in repr(module)
 
 
+@pytest.mark.parametrize("of_table", [*DTYPES, torch.int64], ids=str)
+@pytest.mark.parametrize("of_x", [*DTYPES, torch.int64], ids=str)
+def test_meta_tensors_give_the_dtype_that_others_give(of_x, of_table):
+    x, table = torch.ones(3, 4, dtype=of_x), torch.ones(3, 4, dtype=of_table)
+    expected = pt.add_learned(x, table).dtype
+    assert pt.add_learned(x.to("meta"), table.to("meta")).dtype == expected
+
+
 @pytest.mark.parametrize("name", ["SinusoidalEmbedding", "LearnedEmbedding"])
 def test_modules_are_pickled_and_made_on_meta(name):
     arguments = (9, 6) if name == "LearnedEmbedding" else ()
