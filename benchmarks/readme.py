@@ -55,10 +55,11 @@ YARDSTICKS = ("zeros", "ones", "plain attention")  # they do less than the work
 SHOWN = ("cope_bias", "add_", "sinusoidal, ", "t5_bias", "alibi_bias", "rope_decay")
 
 SUMMARY = """\
-The time of the fastest other as a multiple of posenc's, over every result stored:
-below 1 posenc is not the first."""
+The time of the fastest other that does the work, as a multiple of posenc's, over every
+result stored: below 1 posenc is not the first."""
 ROTATION = """\
-q and k rotated in layout `half`, as multiples of the copy; one token as time."""
+q and k rotated in layout `half`, as multiples of the copy; one token as time, on one
+thread."""
 ATTENTION = f"""\
 Attention with CoPE, causal, eight heads of {HEAD_DIM} channels, as multiples of torch's
 attention without positions; *listing* is the paper's code."""
@@ -66,9 +67,11 @@ MEMORY = """\
 Over {} tokens posenc takes {} of memory, with gradients {}; the listing's arrays
 would take {} and {}."""
 FUNCTIONS = """\
-Other functions, as multiples of the copy, or as time; *zeros* and *ones* only fill."""
+Other functions, as multiples of the copy, or as time where nothing is copied; *zeros*
+and *ones* only fill the memory."""
 MODELS = """\
-Whole Llamas, random weights: time that the patch saves, and that no rotation saves."""
+Whole Llamas of random weights: the time that the patch saves, and what leaving out the
+rotation would save."""
 
 
 def _by_case(records):
