@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import posenc
 
-from . import report
+from . import readme, report
 from .cases import EVERYBODY, all_cases
 from .timing import held_on, measure, nested, threads
 
@@ -91,11 +91,11 @@ def machine():
 
 def publish(result):
     """Write README's part between its marks."""
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(report.BEGIN)
-    _, _, after = rest.partition(report.END)
-    body = f"{report.BEGIN}\n{report.readme_part(result)}\n{report.END}"
-    readme.write_text(before + body + after)
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text().partition(readme.BEGIN)
+    _, _, after = rest.partition(readme.END)
+    body = f"{readme.BEGIN}\n{readme.readme_part(result)}\n{readme.END}"
+    path.write_text(before + body + after)
 
 
 def write_files(result):

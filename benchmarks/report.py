@@ -1,4 +1,4 @@
-"""What is made of the records: tables, the list of defeats, README's part."""
+"""What is made of the records: the tables of RESULTS.md and the list of defeats."""
 
 # SPDX-License-Identifier: BSD-3-Clause
 from .cope_peers import (
@@ -13,12 +13,10 @@ from .peers import PEERS, is_ours
 from .timing import REPEATED
 
 MODES = ("in place", "out given", "fresh")
-DOORS = ("posenc.torch", "posenc NumPy")  # in RESULTS.md only
-SHOWN = [peer for peer in PEERS if peer not in DOORS]
-SHOWN_COPE = [peer for peer in COPE_PEERS if peer not in DOORS]
+DOORS = ("posenc.torch", "posenc NumPy")  # beside "posenc", in RESULTS.md only
 UNITS = {"pairs": "pair", "logits": "logit"}
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-DRAWN_LENGTH = 2048  # tokens; README shows two threads for these only
+DRAWN_LENGTH = 2048  # tokens
+PATCH = "posenc.hf.patch"
 
 
 def in_group(records, group):
@@ -84,83 +82,30 @@ and plain attention take {OUR_ROUNDS} rounds or more, the others {THEIR_ROUNDS},
 keys {LONG_ROUNDS}. Data are random: a row reaches the last of 64 positions after some
 130 keys. The keys before that cost more: the rows of 1024 positions have no others."""
 
-BIAS = """\
-What is added to the logits, alone, as a multiple of copying them; the listing's first
-product, of queries and embeddings, is in none but x-transformers' time:"""
-
 MEMORY = """\
 By how much memory grows at most meanwhile, results included, in float32. The listing
 was not run: it has {} arrays of shape (H, T, T) at once, {} with gradients."""
 MEMORY = MEMORY.format(*LISTING_ARRAYS.values())
 
-SHOWN_TABLES = ("add_", "sinusoidal, ", "t5_bias", "alibi_bias", "rope_decay")
-TABLES = f"""\
-Added tables, relative biases and decay on one thread, as multiples of a copy, or in
-time where nothing is copied. The bytes of a bias are written and not read: *zeros*
-fills the same memory. Every run takes {REPEATED} rounds or more. *Fresh* results lie in
-new memory, whose cost is in the time: beside them stand those of a given `out`. Errors
-are from a formula in float64, in units of the last place (ulp), in eps of the terms, or
-absolute; *bits of* names with whom all bits are shared."""
+OTHERS = f"""\
+As multiples of a copy, or in time where nothing is copied. The bytes of a bias are
+written and not read: *zeros* fills the same memory. Runs of added tables, biases and
+decay take {REPEATED} rounds or more. *Fresh* results lie in new memory, whose cost is
+in the time: beside them stand those of a given `out`. `cope_bias` is what CoPE adds to
+the logits, alone; the listing's first product, of queries and embeddings, is in none
+but x-transformers' time. Errors are from a formula in float64, in units of the last
+place (ulp), in eps of the terms, or absolute; *bits of* names with whom all bits are
+shared."""
+
+MODELS = """\
+Random weights, batch of one. *Share of rotation* is what the same model gains without
+any rotation: no patch can gain more, but for noise."""
 
 
-# --- README --------------------------------------------------------------------------
-
-
-def _number(record, seconds):
-    """Return microseconds for one token, else a multiple of the copy."""
-    if record["length"] == 1:
-        return ratio_text(seconds * 1e6)
-    return ratio_text(seconds / copy_of(record))
-
-
-def _cell(record, peer):
-    """Return the modes of a peer, the fastest of all peers in bold."""
-    modes = record["seconds"].get(peer, {})
-    if not modes:
-        return ""
-    texts = []
-    for mode in MODES if len(modes) > 1 else modes:
-        text = _number(record, modes[mode]) if mode in modes else "-"
-        is_best = mode in modes and modes[mode] == fastest(record, mode, SHOWN)
-        texts.append(f"**{text}**" if is_best else text)
-    return " / ".join(texts)
-
-
-def _in_readme(record):
-    return record["threads"] == 1 or (
-        record["length"] == DRAWN_LENGTH and record["layout"] == "half"
-    )
-
-
-def _error_text(record, other="transformers"):
+def error_text(record, other="transformers"):
+    """Return the largest errors of posenc and of another, over their modes."""
     errors = (record["errors"].get(p, {}) for p in ("posenc", other))
     return " / ".join(f"{max(e.values()):.0e}" if e else "-" for e in errors)
-
-
-def rotation_table(records):
-    """Return README's table: cases and peers."""
-    chosen = [r for r in in_group(records, "rotation") if _in_readme(r)]
-    peers = [p for p in SHOWN if any(p in r["seconds"] for r in chosen)]
-    head = [
-        "tokens",
-        "type, layout",
-        "threads",
-        "copy",
-        *peers,
-        "error: posenc / transformers",
-    ]
-    rows = [
-        [
-            str(r["length"]),
-            f"{r['dtype']}, {r['layout']}",
-            str(r["threads"]),
-            time_text(copy_of(r)),
-            *(_cell(r, peer) for peer in peers),
-            _error_text(r),
-        ]
-        for r in sorted(chosen, key=lambda r: (r["length"], r["threads"]))
-    ]
-    return markdown(head, rows)
 
 
 def model_table(records):
@@ -170,8 +115,7 @@ def model_table(records):
     rows = []
     for r in in_group(records, "model"):
         plain, patched, without = (
-            r["seconds"][peer][""]
-            for peer in ("transformers", "posenc.hf.patch", "no rotation")
+            r["seconds"][peer][""] for peer in ("transformers", PATCH, "no rotation")
         )
         rows.append(
             [r["model"], r["dtype"], r["work"], str(r["threads"])]
@@ -191,7 +135,7 @@ def attention_table(records, peers):
         [r["pass"], f"{r['queries']} x {r['keys']}", str(r["positions"]), r["dtype"]]
         + [str(r["threads"]), time_text(plain_of(r))]
         + [_attention_cell(r, peer, peers) for peer in peers]
-        + [_error_text(r, "listing")]
+        + [error_text(r, "listing")]
         for r in sorted(chosen, key=lambda r: r["threads"])
     ]
     return markdown(head, rows)
@@ -244,34 +188,61 @@ def all_gaps(records):
     return [line for group in groups for line in gaps(in_group(records, group))]
 
 
+def fastest_other(record, mode, without=()):
+    """Return (seconds, peer) of the fastest of others in a mode, or None."""
+    without = {"no rotation", *without}
+    times = [
+        (seconds, peer)
+        for peer, its_mode, seconds in contestants(record)
+        if its_mode == mode and peer not in without and not is_ours(peer)
+    ]
+    return min(times, default=None)
+
+
+def modes_of(record):
+    """Return the modes of a record, in order."""
+    return list(dict.fromkeys(mode for _, mode, _ in contestants(record)))
+
+
+def comparisons(record, ours, without=()):
+    """Return (mode, our seconds, seconds and name of the fastest other).
+
+    One for each mode that both have; if they share none, each at its fastest.
+    """
+    ours = record["seconds"].get(ours, {})
+    theirs = {m: fastest_other(record, m, without) for m in modes_of(record)}
+    theirs = {mode: other for mode, other in theirs.items() if other}
+    shared = [(mode, ours[mode], *theirs[mode]) for mode in ours if mode in theirs]
+    if shared or not ours or not theirs:
+        return shared
+    return [("each at its fastest", min(ours.values()), *min(theirs.values()))]
+
+
 def losses(records):
     """Return a line for every row and mode in which posenc is not the first."""
     return [
-        line
+        _loss(record, *compared)
         for record in records
-        for mode in sorted({mode for _, mode, _ in contestants(record)})
-        for line in _loss(record, mode)
+        for ours in ("posenc", PATCH)
+        for compared in sorted(comparisons(record, ours))
+        if compared[2] < compared[1]
     ]
 
 
-def _loss(record, mode):
-    times = {p: seconds for p, m, seconds in contestants(record) if m == mode}
-    ours = {p: seconds for p, seconds in times.items() if is_ours(p)}
-    theirs = [(s, p) for p, s in times.items() if p not in (*ours, "no rotation")]
-    if not ours or not theirs:
-        return
-    our_time = ours.get("posenc", min(ours.values()))  # not by another door
-    seconds, peer = min(theirs)
-    if seconds < our_time:
-        what = ", ".join(filter(None, (record["case"], mode)))
-        doors = "".join(
-            f", {door} {time_text(ours[door])}" for door in DOORS if door in ours
-        )
-        yield (
-            f"{what}, {threads_text(record['threads'])}: {peer} is "
-            f"{our_time / seconds:.2f} times as fast "
-            f"({time_text(seconds)}, posenc {time_text(our_time)}{doors})"
-        )
+def place(record, mode):
+    """Return where a number stands: case, mode and threads."""
+    return ", ".join(
+        filter(None, (record["case"], mode, threads_text(record["threads"])))
+    )
+
+
+def _loss(record, mode, our_time, seconds, peer):
+    modes = ((door, record["seconds"].get(door, {}).get(mode)) for door in DOORS)
+    doors = "".join(f", {door} {time_text(time)}" for door, time in modes if time)
+    return (
+        f"{place(record, mode)}: {peer} is {our_time / seconds:.2f} times as fast "
+        f"({time_text(seconds)}, posenc {time_text(our_time)}{doors})"
+    )
 
 
 def facts(machine):
@@ -282,40 +253,6 @@ def facts(machine):
 def listed(lines):
     """Return a Markdown list."""
     return "\n".join(f"- {line}" for line in lines) if lines else "None."
-
-
-def _empty_cells(records, group):
-    return "Empty cells:\n\n" + listed(gaps(in_group(records, group)))
-
-
-def _is_of_tables(record):
-    """Tell whether README shows a record among tables and biases."""
-    return record["threads"] == 1 and record["case"].startswith(SHOWN_TABLES)
-
-
-def readme_part(result):
-    """Return what stands in README between the marks."""
-    records = result["records"]
-    has_gaps = bool(gaps(in_group(records, "attention")))
-    return "\n\n".join(
-        [
-            "![Time of a rotation as a multiple of a copy](benchmarks/speed.png)",
-            rotation_table(records),
-            _empty_cells(records, "rotation"),
-            ATTENTION,
-            attention_table(records, SHOWN_COPE),
-            *([_empty_cells(records, "attention")] * has_gaps),
-            BIAS,
-            other_table([r for r in records if r["case"].startswith("cope_bias")]),
-            TABLES,
-            other_table([r for r in records if _is_of_tables(r)]),
-            MEMORY,
-            memory_table(records),
-            "Whole models, random weights, batch of one:",
-            model_table(records),
-            f"Taken on: {facts(result['machine'])}.",
-        ]
-    )
 
 
 # --- RESULTS.md ----------------------------------------------------------------------
@@ -360,7 +297,8 @@ def _rotation_sections(records):
         here = [r for r in chosen if (r["length"], r["threads"]) == (length, n_thread)]
         parts.append(f"## {_title(length, n_thread)}")
         copies = ["copy", *(time_text(copy_of(r)) for r in here)]
-        parts.append(_by_contestant(here, _full_cell, copies))
+        errors = ["error: posenc / transformers", *map(error_text, here)]
+        parts.append(_by_contestant(here, _full_cell, copies, errors))
     drawn = [r for r in chosen if (r["length"], r["threads"]) == (DRAWN_LENGTH, 1)]
     if drawn:
         parts.append(f"## Largest errors, {_title(DRAWN_LENGTH, 1)}")
@@ -411,7 +349,11 @@ Written by `python -m benchmarks`. Numbers are multiples of the time that
 `torch.Tensor.copy_` of the same bytes into a given output takes in the same run, the
 least of as many calls in turn as fit 0.3 s, of slower ones at least one, or as many as
 are said; the fastest in each mode is bold. Work: q (1, 32, T, 128) and
-k (1, 8, T, 128), in memory as the projections leave them."""
+k (1, 8, T, 128), in memory as the projections leave them. *posenc* rotates torch's
+tensors, computed in float32 and rounded once; *posenc eager* rounds as PyTorch does,
+which gives the bits of 16-bit models. ONNX Runtime, numba, JAX and MLX get arrays of
+their own kind, made beforehand. In-place work can be below one copy: it fetches no
+second array."""
 
 
 def results_page(result):
@@ -421,14 +363,14 @@ def results_page(result):
     if in_group(records, "rotation"):
         parts += _rotation_sections(records)
     if others := in_group(records, "other"):
-        parts += ["## Other functions", other_table(others)]
+        parts += ["## Other functions", OTHERS, other_table(others)]
     if in_group(records, "attention"):
         parts += ["## Attention with contextual positions", ATTENTION]
         parts += [attention_table(records, COPE_PEERS)]
     if in_group(records, "memory"):
         parts += [MEMORY, memory_table(records)]
     if in_group(records, "model"):
-        parts += ["## Whole models", model_table(records)]
+        parts += ["## Whole models", MODELS, model_table(records)]
     parts += ["## Where posenc is not the first", listed(losses(records))]
     parts += ["## Who has no number, and why", listed(all_gaps(records))]
     if apart := result.get("apart"):

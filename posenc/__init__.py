@@ -2,8 +2,9 @@
 Positional encodings for transformers on the CPU.
 
 C kernels behind plain functions on NumPy arrays and torch's CPU tensors; the raw
-gufuncs are in `posenc.ufunc`, functions with gradients in `posenc.torch`, the patch for
-Hugging Face models in `posenc.hf`.
+gufuncs are in `posenc.ufunc`. These modules want an import of their own:
+`posenc.torch`, functions with gradients; `posenc.hf`, the patch for Hugging Face
+models; `posenc.plot`, pictures.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause

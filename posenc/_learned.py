@@ -150,8 +150,8 @@ def extend_table(table, length, *, method="hierarchical", alpha=0.4, out=None):
     """
     Make a learned table longer than it was trained.
 
-    The rows of positions that were never trained are noise, so models fail there; these
-    are better ones to start from, or to go on training with.
+    Rows of positions that were never trained hold noise; these are computed from the
+    trained ones, to go on training with, or to be used as they are.
 
     Parameters
     ----------

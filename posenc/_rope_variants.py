@@ -158,9 +158,9 @@ def rope_table_sections(
         takes positions ``j % n_axis``.
     interleaved : bool, default False
         False for sections one after the other, as in Qwen2-VL and Qwen2.5-VL. True for
-        sections dealt out in turn, as in Qwen3-VL: of the first pairs, pair i takes
-        positions ``i % n_axis``, until the section of an axis, one for each, is used
-        up; from then on its turns go to the first.
+        pairs dealt out in turn, as in Qwen3-VL, with one section for each axis: pair i
+        takes positions ``i % n_axis``; once an axis has the pairs of its section, its
+        turns go to axis 0.
     attention_factor, angles : optional
         As in `rope_table`; with ``angles='float32'`` as transformers rounds them.
     dtype : dtype, default float32
@@ -271,7 +271,7 @@ def rope_table_xpos(
     reference : float, default 0.0
         Position of scale 1, the same for all calls whose keys and queries meet.
     gamma : float, default 0.4
-        How little the fast pairs shrink.
+        More makes the fast pairs shrink less: ``zeta_0 = gamma / (1 + gamma)``.
     attention_factor : float, default 1.0
         Multiplies cosines and sines.
     dtype : dtype, default float32

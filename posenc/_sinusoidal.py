@@ -73,9 +73,9 @@ def sinusoidal(
     theta : float, default 10000.0
         Base of the frequencies: ``max_period`` of diffusion models.
     layout : {'interleaved', 'concat', 'concat_flipped'}, default 'interleaved'
-        Where they go: sines at even and cosines at odd channels, as in the paper; all
-        sines before all cosines, as in tensor2tensor, fairseq and MAE; or all cosines
-        before all sines.
+        Where sines and cosines go: sines at even and cosines at odd channels, as in the
+        paper; all sines before all cosines, as in tensor2tensor, fairseq and MAE; or
+        all cosines before all sines.
     flip_sin_to_cos : bool, default False
         Let sines and cosines change places. ``'concat'`` then is ``'concat_flipped'``,
         as diffusers has it.
@@ -108,11 +108,10 @@ def sinusoidal(
 
     Notes
     -----
-    ``PE[p, 2i] = sin(p * f_i)`` and ``PE[p, 2i + 1] = cos(p * f_i)`` with
-    ``f_i = scale * theta ** (-i / (dim // 2 - downscale_freq_shift))``, the nearest
-    double: ``theta ** (-2i / dim)`` in the paper. Of these doubles, float32 entries are
-    within 0.501 ulp and float64 ones within 1 ulp, for every finite float64 position
-    and also where the value is next to zero.
+    ``PE[p, 2i] = sin(p * f_i)`` and ``PE[p, 2i + 1] = cos(p * f_i)``, where ``f_i`` is
+    the double nearest to ``scale * theta ** (-i / (dim // 2 - downscale_freq_shift))``.
+    For these doubles float32 entries are within 0.501 ulp and float64 ones within 1
+    ulp, for every finite float64 position and also where the value is next to zero.
 
     References
     ----------

@@ -1,12 +1,13 @@
 """Patch Hugging Face models: the same bits faster, or a longer context, with undo.
 
-The public part: `patch`, what it returns, and the table of model families.  The
-rotation is in ``_hf_rotation``, configs and frequencies in ``_hf_scaling``, exact
-tables in ``_hf_exact``.
-transformers and torch are imported inside functions only.
+`patch` does it, and returns a `Handle` with ``report()`` and ``undo()``; `FAMILIES` are
+the models that it knows.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause
+#
+# The rotation is in _hf_rotation, configs and frequencies in _hf_scaling, exact tables
+# in _hf_exact. transformers and torch are imported inside functions only.
 
 import functools
 import importlib

@@ -1,9 +1,18 @@
 """Positional encodings for PyTorch on the CPU, with gradients and compilers.
 
 `posenc.rope` and its like take tensors too; the functions here, with the same
-arguments, also give derivatives, and each call is one operator in a compiled graph.
-Contextual positions (CoPE) are in _torch_cope.py, added tables in _torch_tables.py,
-relative biases in _torch_bias.py.
+arguments, also give derivatives.
+
+- rotations: `rope`, `rope_qk`; the module `RotaryEmbedding`
+- contextual positions (CoPE): `cope_attention`, `cope_bias`; the modules `CoPE` and
+  `CoPEAttention`, with `KVCache`
+- added tables: `add_sinusoidal`, `add_learned`; the modules `SinusoidalEmbedding` and
+  `LearnedEmbedding`
+- relative biases: `t5_bias`, `alibi_bias`, `kerple_bias`, `fire_bias`; the modules
+  `T5Bias` and `ALiBi`
+
+All work under ``torch.compile(fullgraph=True)``; a call of any but the biases is one
+operator of the graph.
 """
 
 # SPDX-License-Identifier: BSD-3-Clause

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 
 import functools
+import json
 import operator
 import re
 import sys
@@ -15,8 +16,17 @@ pytest.importorskip("transformers")
 import cope_listing  # noqa: E402
 
 import posenc  # noqa: E402
-from benchmarks import added, bias, cope, cope_peers, memory, peers, report  # noqa: E402
-from benchmarks.__main__ import updated  # noqa: E402
+from benchmarks import (  # noqa: E402
+    added,
+    bias,
+    cope,
+    cope_peers,
+    memory,
+    peers,
+    readme,
+    report,
+)
+from benchmarks.__main__ import ROOT, STORED, updated  # noqa: E402
 from benchmarks.cases import all_cases, cope_step, rotation  # noqa: E402
 from benchmarks.timing import REPEATED, Run, measure, nested  # noqa: E402
 from benchmarks.work import Work  # noqa: E402
@@ -159,17 +169,36 @@ def test_every_round_restores_what_is_rotated_in_place():
     assert seen == ["before", "call"] * 3
 
 
-def record(**seconds):
-    """A row of one token with times in seconds by peer and mode."""
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads(STORED.read_text())
+
+
+def test_every_stored_result_is_in_a_theme_of_the_summary(stored):
+    prefixes = tuple(p for theme, _ in readme.THEMES.values() for p in theme)
+    timed = [r["case"] for r in stored["records"] if r["seconds"]]
+    assert timed
+    assert [case for case in timed if not case.startswith(prefixes)] == []
+
+
+def test_what_is_published_is_what_is_stored(stored):
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition(readme.BEGIN)[2].partition(readme.END)[0]
+    assert shown.strip() == readme.readme_part(stored)
+    assert STORED.with_name("RESULTS.md").read_text() == report.results_page(stored)
+
+
+def record(n_thread=1, length=1, **seconds):
+    """A row of a rotation with times in seconds by peer and mode."""
     flat = {tuple(key.split("|")): value for key, value in seconds.items()}
     return {
-        "case": "rope_qk half, float32, 1",
+        "case": f"rope_qk half, float32, {length}",
         "group": "rotation",
-        "threads": 1,
-        "length": 1,
+        "threads": n_thread,
+        "length": length,
         "dtype": "float32",
         "layout": "half",
-        "errors": {},
+        "errors": {"posenc": {"fresh": 1e-7}, "transformers": {"fresh": 2e-7}},
         "gaps": {"numba": "has none"},
         "same bits": True,
         "seconds": nested({("copy", ""): 2e-6, **flat}),
@@ -184,12 +213,81 @@ def test_defeats_are_listed_by_mode():
     ]
 
 
-def test_tables_mark_the_fastest_and_name_the_gaps():
+def test_a_defeat_needs_no_mode_in_common():
+    row = record(
+        **{"posenc|out given": 2e-6, "posenc|in place": 4e-6, "JAX|fresh": 1e-6}
+    )
+    (line,) = report.losses([row])
+    assert "each at its fastest, 1 thread: JAX is 2.00 times as fast" in line
+
+
+def test_results_mark_the_fastest_and_name_errors_and_gaps():
     row = record(**{"posenc|fresh": 1e-6, "JAX|fresh": 4e-6})
-    assert "| **1.00** | 4.00 |" in report.rotation_table([row])
     assert report.gaps([row]) == ["numba: has none (1 of 1 rows)"]
     page = report.results_page({"machine": {"processor": "any"}, "records": [row]})
     assert "| posenc, fresh | **0.50 (1.00 µs)** |" in page
+    assert "| error: posenc / transformers | 1e-07 / 2e-07 |" in page
+    assert "- numba: has none (1 of 1 rows)" in page
+
+
+def test_readme_shows_posenc_beside_the_fastest_other_for_each_number_of_threads():
+    one = {"posenc|fresh": 1e-6, "JAX|fresh": 4e-6, "MLX|fresh": 8e-6}
+    two = {"posenc|fresh": 3e-6, "JAX|fresh": 4e-6, "MLX|fresh": 2e-6}
+    rows = [record(2, 5, **two), record(1, 5, **one)]
+    table = readme.rotation_table(rows)
+    assert "| **0.50** / 1.50 | JAX 2.00 / MLX **1.00** |" in table
+    assert "| 5 | float32 | 2.00 µs / 2.00 µs |" in table
+
+
+def test_the_summary_counts_all_results_and_says_where_the_least_is():
+    rows = [
+        record(1, **{"posenc|fresh": 1e-6, "JAX|fresh": 4e-6}),
+        record(2, **{"posenc|fresh": 4e-6, "JAX|fresh": 1e-6, "MLX|fresh": 9e-6}),
+        record(1, 5, **{"posenc|fresh": 1e-6, "MLX|fresh": 2e-6}),
+        record(1, 6, **{"posenc|fresh": 1e-6}),
+    ]
+    least = "0.25 (JAX; rope_qk half, float32, 1, fresh, 2 threads)"
+    row = f"| q and k rotated, `half` | 3 | 2 | 2.00 | 4.00 | {least} |"
+    assert readme.summary_table(rows).splitlines()[2:] == [row]
+
+
+def test_what_does_less_than_the_work_is_no_rival_in_the_summary():
+    row = attention_record(posenc=2.0, listing=4.0)
+    least = (
+        "2.00 (listing; cope_attention forward, float32, 8 x 8, P=4, fresh, 1 thread)"
+    )
+    assert least in readme.summary_table([row])
+
+
+def other_record(n_thread, **seconds):
+    """A row of a function with times in seconds by peer and mode."""
+    row = record(n_thread, **seconds)
+    return {**row, "case": "t5_bias, 1 x 5 x 5", "group": "other", "error": "none"}
+
+
+def test_readme_shows_every_mode_of_a_function():
+    times = {"posenc|out given": 1e-6, "zeros|out given": 4e-6, "torch|fresh": 8e-6}
+    times["posenc.torch|backward"] = 2e-6
+    rows = [other_record(1, **times), other_record(2, **times)]
+    for row in rows:
+        del row["length"]
+    ours = "out given: **0.50** / **0.50**; backward: posenc.torch 1.00 / 1.00"
+    theirs = "out given: zeros 2.00 / 2.00; fresh: torch 4.00 / 4.00"
+    assert f"| {ours} | {theirs} | none |" in readme.function_table(rows)
+
+
+def test_readme_shows_what_a_patch_saves():
+    seconds = {"transformers": {"": 4.0}, "posenc.hf.patch": {"": 3.0}}
+    row = {
+        "case": "Llama 1M, float32, decode",
+        "group": "model",
+        "threads": 1,
+        "same bits": True,
+        "seconds": {**seconds, "no rotation": {"": 2.0}},
+    }
+    shown = "| 1M, float32, decode | 4000.00 ms | 25.0% | 50.0% | same bits |"
+    assert shown in readme.model_table([row])
+    assert report.losses([row]) == []
 
 
 def attention_record(**seconds):
@@ -215,14 +313,16 @@ def test_attention_is_shown_as_a_multiple_of_plain_attention():
     table = report.attention_table([row], ["posenc", "listing", "x-transformers"])
     assert table.endswith("| 1000.00 ms | **0.75** | 25 |  | 1e-07 / 2e-07 |")
     page = report.results_page({"machine": {}, "records": [row]})
-    gap = "- x-transformers: not installed (1 of 1 rows)"
-    assert gap in page
-    assert gap in report.readme_part({"machine": {}, "records": [row]})
+    assert "- x-transformers: not installed (1 of 1 rows)" in page
+    shown = "| 1000.00 ms | **0.75** | listing 25 | 25 | 1e-07 / 2e-07 |"
+    assert shown in readme.readme_part({"machine": {}, "records": [row]})
 
 
 def test_attention_slower_than_without_positions_is_a_defeat():
-    (line,) = report.losses([attention_record(posenc=1.25)])
+    row = attention_record(posenc=1.25)
+    (line,) = report.losses([row])
     assert "plain attention is 1.25 times as fast" in line
+    assert "**" not in readme.attention_table([row])
 
 
 def test_memory_of_the_listing_is_a_formula():
@@ -231,6 +331,15 @@ def test_memory_of_the_listing_is_a_formula():
     table = report.memory_table([row])
     assert "| 1024 | forward | 2 MB | 403 MB |" in table
     assert "| 1024 | forward + backward | 10 MB | 503 MB |" in table
+    line = readme.memory_line([row]).split()
+    assert line[:4] == ["Over", "1024", "tokens", "posenc"]
+    assert [word for word in line if word.isdigit()] == [
+        "1024",
+        "2",
+        "10",
+        "403",
+        "503",
+    ]
 
 
 def test_nobody_passes_with_what_another_left():
