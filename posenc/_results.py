@@ -75,11 +75,8 @@ def table_result(function, parameter, out, shape, dtype, tensor):
     """Return what the user gets, new or `out`, and the array of its memory."""
     if out is not None:
         return out, out_array(function, out, shape, dtype, parameter, tensor)
-    if tensor:
-        out = tensors.empty(shape, dtype)
-        return out, tensors.as_numpy(out)
-    out = np.empty(shape, dtype)
-    return out, out
+    result = np.empty(shape, dtype)
+    return tensors.from_numpy(result) if tensor else result, result
 
 
 def table_pair(function, out, shape, dtype, tensor):
