@@ -13,7 +13,7 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_array
-from ._results import REAL_RULE, are_one, real_kind, widest
+from ._results import REAL_RULE, are_one, float_of, real_kind
 
 # Elements that are evaluated at once where positions are not consecutive.
 _BLOCK = 1 << 18
@@ -45,14 +45,14 @@ def parameters(function, name, value, shape):
     array = np.asarray(as_array(function, name, value))
     real_kind(function, name, array.dtype)
     check_shape(function, name, array.shape, shape)
-    return array.astype(widest(array.dtype))  # a copy: `out` may lie in its memory
+    return array.astype(float_of(array.dtype))  # a copy: `out` may lie in its memory
 
 
 def check_shape(function, name, shape, wanted):
     """Raise unless numbers have a shape, in which a string stands for any size."""
     fits = len(shape) == len(wanted)
     for size, want in zip(shape, wanted, strict=False):
-        fits = fits and (size > 0 if isinstance(want, str) else size == want)
+        fits &= size == want or (size > 0 and type(want) is str)
     if not fits:
         axes = ", ".join(map(str, wanted)) + ("," if len(wanted) == 1 else "")
         rule = f"be of shape ({axes})" + (" and not empty" if wanted else "")
@@ -125,12 +125,15 @@ def are_tensors(*given):
 @np.errstate(all="ignore")
 def spread(bias, q, k, add_to, out):
     """Return the bias, written or added where it was asked for."""
+    if add_to is None and out is None and _n_near(bias, q, k) == 1 == len(q):
+        return _only_row(bias, q, k)
     logits = None if add_to is None else as_array(bias.function, "add_to", add_to)
-    shape = _result_shape(bias, q, k, logits)
+    places = _shape(q), _shape(k)
+    shape = _result_shape(bias, *places, logits)
     logits, answer, result = _memory(bias, shape, add_to, logits, out)
     tensors.mark_changed(add_to if out is None else out)
     target = _apart(result, logits)
-    if len(_shape(q)) == len(_shape(k)) == 1:
+    if len(places[0]) == len(places[1]) == 1:
         _fill(bias, q, k, logits, target)
     else:
         lead = shape[:-3]
@@ -142,6 +145,12 @@ def spread(bias, q, k, add_to, out):
     if target is not result:
         result[...] = target
     return answer
+
+
+def _only_row(bias, q, k):
+    """Return the bias of one query: its values are all there is."""
+    row = in_type(_values(bias, q, k), bias.dtype)[:, None]
+    return tensors.from_numpy(row) if bias.is_tensor else row
 
 
 def _shape(positions):
@@ -161,8 +170,7 @@ def _broadcast(positions, lead):
 
 
 def _result_shape(bias, q, k, logits):
-    """Return (..., H, T, S); raise if positions and logits do not fit."""
-    q, k = _shape(q), _shape(k)
+    """Return (..., H, T, S); raise if shapes of positions and logits do not fit."""
     lead = leading_axes(bias.function, "k_positions", q, k)
     own = (bias.n_head, q[-1], k[-1])
     if logits is None:
@@ -231,9 +239,7 @@ def _fill(bias, q, k, logits, result):
     n_near = _n_near(bias, q, k)
     if n_near > 0:
         near = slice(0, n_near)
-        offsets = np.arange(n_near + len(k) - 1, dtype=bias.position_type)
-        offsets += bias.position_type(k[0] - q[n_near - 1])
-        values = _evaluate(bias, offsets, bias.position_type(q[0]))
+        values = _values(bias, q[near], k)
         _spread_values(values, _rows(logits, near), _rows(result, near))
     if n_near < len(q):
         far = slice(n_near, len(q))
@@ -248,6 +254,13 @@ def _n_near(bias, q, k):
     if bias.threshold is None:
         return len(q)
     return int(np.count_nonzero(_array(bias, q) <= bias.threshold))
+
+
+def _values(bias, q, k):
+    """Return the values (H, T + S - 1) between consecutive positions."""
+    offsets = np.arange(len(q) + len(k) - 1, dtype=bias.position_type)
+    offsets += bias.position_type(k[0] - q[-1])
+    return _evaluate(bias, offsets, bias.position_type(q[0]))
 
 
 def _fill_blocks(bias, q, k, logits, result):

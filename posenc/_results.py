@@ -22,10 +22,14 @@ def real_kind(function, parameter, dtype):
         raise TypeError(must(function, parameter, REAL_RULE, f"dtype {dtype}"))
 
 
+def float_of(dtype):
+    """Return the type of numbers in this machine's bytes; whole ones are float64."""
+    return np.dtype(np.float64) if dtype.kind in "biu" else dtype.newbyteorder("=")
+
+
 def widest(*dtypes):
     """Return the widest; whole numbers count as float64, two of 16 bits as float32."""
-    floats = {np.dtype(np.float64) if d.kind in "biu" else d.newbyteorder("=")
-              for d in dtypes}  # fmt: skip
+    floats = set(map(float_of, dtypes))
     if len(floats) == 1:
         return floats.pop()
     return np.dtype(np.float64 if np.dtype(np.float64) in floats else np.float32)
