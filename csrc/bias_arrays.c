@@ -1,4 +1,5 @@
-/* Door 2 for relative biases: rows of values spread over matrices, and back.
+/* Door 2 for relative biases: rows of values spread over matrices, and back; T5's
+ * values; and which positions are consecutive.
  *
  * The Python layer has checked shapes, types and overlap and brought everything to one
  * form; what does not keep to it is an error of ours, not of the user.

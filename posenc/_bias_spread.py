@@ -189,7 +189,7 @@ def check_logits(function, shape, lead, own):
 
 def _broadcasts_to(shape, whole):
     try:
-        return np.broadcast_shapes(shape, whole) == whole
+        return shape in ((), whole) or np.broadcast_shapes(shape, whole) == whole
     except ValueError:
         return False
 

@@ -177,7 +177,7 @@ def out_array(function, out, shape, dtype, parameter="out", tensor=False):
 
 def _may_hold_an_element_twice(array):
     """Tell whether two indices may lead to the same memory."""
-    if array.size == 0:
+    if array.flags.forc:  # as those without elements are
         return False
     covered = array.itemsize
     axes = zip(array.strides, array.shape, strict=True)

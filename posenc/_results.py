@@ -124,5 +124,4 @@ def share_memory(a, b):
 
 def are_one(a, b):
     """Tell whether elements of two arrays of one shape and type are the same memory."""
-    same = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return same and a.strides == b.strides
+    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides)
