@@ -599,6 +599,20 @@ def test_values_of_t5_are_the_numbers_of_the_buckets(dtype, n_bucket, max_distan
                 reference.same_bits(np.ascontiguousarray(values), want)
 
 
+def test_values_of_t5_with_any_number_of_threads():
+    offsets = np.random.default_rng(11).integers(-300, 300, 100_001)
+    weight = np.arange(96.0).reshape(32, 3)
+    want = np.ascontiguousarray(weight[posenc.t5_bucket(offsets)].T)
+    try:
+        for n in (1, 2, 5):
+            posenc.set_num_threads(n)
+            values = np.zeros_like(want)
+            posenc._core.t5_values_arrays(weight, offsets, 128, True, values)
+            reference.same_bits(values, want)
+    finally:
+        posenc.set_num_threads(None)
+
+
 def test_consecutive_positions_are_known():
     far = 2**53
     for first, n in ((0, 1), (-3, 9), (far, 1), (far - 8, 9), (-far, 9)):
