@@ -1,4 +1,5 @@
-/* Door 2 for relative biases: rows of values spread over matrices, and back.
+/* Door 2 for relative biases: rows of values spread over matrices, and back; T5's
+ * values; and which positions are consecutive.
  *
  * The Python layer has checked shapes, types and overlap and brought everything to one
  * form; what does not keep to it is an error of ours, not of the user.
@@ -6,6 +7,8 @@
  * SPDX-License-Identifier: BSD-3-Clause
  */
 #include "door.h"
+
+#include <math.h>
 
 #include "dispatch.h"
 #include "tasks.h"
@@ -157,8 +160,162 @@ bias_collect(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_ar
     Py_RETURN_NONE;
 }
 
+/* Values of T5 are made in a nest whose rows are offsets; its operands. */
+enum { T5_OFFSETS, T5_VALUES = NEST_N_OPERAND - 1 };
+
+typedef struct {
+    t5_table table;
+    const char *weight;
+} values_task;
+
+static void
+values_strip(void *task, size_t n_row, char *const base[NEST_N_OPERAND],
+             const ptrdiff_t step[NEST_N_OPERAND],
+             const ptrdiff_t ahead[NEST_N_OPERAND])
+{
+    (void)step, (void)ahead;
+    const values_task *todo = task;
+    kernels->t5_values(&todo->table, n_row, base[T5_OFFSETS], todo->weight,
+                       base[T5_VALUES]);
+}
+
+/* True if there are n elements, side by side along an axis. */
+static bool
+are_packed(const view *v, int axis, npy_intp n)
+{
+    return v->shape[axis] == n && n > 0 &&
+           (n == 1 || v->step[axis] == item_size(v->type));
+}
+
+/* Weight (n_bucket, H), offsets (n,) and values (H, n). */
+static bool
+make_values(const view *weight, const view *offsets, const view *values)
+{
+    return weight->n_axis == 2 && offsets->n_axis == 1 && values->n_axis == 2 &&
+           values->type < N_REAL && weight->type == values->type &&
+           values->is_writeable && offsets->type == INT_64 &&
+           are_packed(offsets, 0, offsets->shape[0]) &&
+           are_packed(values, 1, offsets->shape[0]) &&
+           values->shape[0] == weight->shape[1];
+}
+
+/* True if the kernel finds buckets, which are rows of the weight. */
+static bool
+are_good(const t5_buckets *buckets)
+{
+    const int64_t n_exact = buckets->n_bucket / (buckets->bidirectional ? 4 : 2);
+    return n_exact >= 1 && buckets->max_distance > n_exact;
+}
+
+/* t5_values_arrays(weight, offsets, max_distance, bidirectional, values) */
+static PyObject *
+t5_values(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
+{
+    const char *name = "t5_values_arrays";
+    if (!has_arguments(name, n_arg, 5)) {
+        return NULL;
+    }
+    view weight, offsets, values;
+    const int64_t max_distance = PyLong_AsLongLong(args[2]);
+    if (max_distance == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (!view_of(args[0], &weight) || !view_of(args[1], &offsets) ||
+        !view_of(args[4], &values) || !make_values(&weight, &offsets, &values)) {
+        return refuse(name);
+    }
+    values_task task = {
+        .table = {.buckets = {weight.shape[0], max_distance, args[3] == Py_True},
+                  .n_head = (size_t)weight.shape[1],
+                  .element_size = (size_t)item_size(values.type),
+                  .weight_bucket = weight.step[0],
+                  .weight_head = weight.step[1],
+                  .value_head = values.step[0]},
+        .weight = weight.data,
+    };
+    if (!are_good(&task.table.buckets)) {
+        return refuse(name);
+    }
+    char *base[NEST_N_OPERAND] = {
+        [T5_OFFSETS] = offsets.data, [T5_VALUES] = values.data};
+    ptrdiff_t step[NEST_N_OPERAND] = {
+        [T5_OFFSETS] = item_size(INT_64), [T5_VALUES] = item_size(values.type)};
+    nest loops;
+    nest_begin(&loops, base);
+    nest_add_axis(&loops, (size_t)offsets.shape[0], step);
+    run(&loops, values_strip, NULL, &task, task.table.n_head, size_of(&values));
+    Py_RETURN_NONE;
+}
+
+/* Beyond it doubles skip whole numbers. */
+#define MOST_WHOLE ((int64_t)1 << 53)
+
+/* True if each is one more than that before it, and a double can hold all. */
+static bool
+are_consecutive_integers(const view *v)
+{
+    const npy_intp n = v->shape[0], step = v->step[0];
+    for (npy_intp i = 1; i < n; i++) {
+        const char *at = v->data + i * step;
+        if (*(const uint64_t *)at - *(const uint64_t *)(at - step) != 1) {
+            return false;
+        }
+    }
+    const int64_t first = *(const int64_t *)v->data;
+    return first >= -MOST_WHOLE && first <= MOST_WHOLE - (n - 1);
+}
+
+/* True if the first is whole, each one more than that before it, and none beyond. */
+static bool
+are_consecutive_doubles(const view *v)
+{
+    const npy_intp n = v->shape[0], step = v->step[0];
+    const double first = *(const double *)v->data, most = (double)MOST_WHOLE;
+    if (!(first >= -most && first <= most - (double)(n - 1)) || floor(first) != first) {
+        return false;
+    }
+    for (npy_intp i = 1; i < n; i++) {
+        const char *at = v->data + i * step;
+        if (*(const double *)at - *(const double *)(at - step) != 1.0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* consecutive(positions): the range that they are, or None */
+static PyObject *
+consecutive(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_arg)
+{
+    if (!has_arguments("consecutive", n_arg, 1)) {
+        return NULL;
+    }
+    view v;
+    if (!view_of(args[0], &v) || v.n_axis != 1 || v.shape[0] == 0 ||
+        !(v.type == INT_64 ? are_consecutive_integers(&v)
+                           : v.type == REAL_F64 && are_consecutive_doubles(&v))) {
+        Py_RETURN_NONE;
+    }
+    PyObject *first = v.type == INT_64 ? PyLong_FromLongLong(*(const int64_t *)v.data)
+                                       : PyLong_FromDouble(*(const double *)v.data);
+    PyObject *n = PyLong_FromSsize_t(v.shape[0]);
+    PyObject *stop = first != NULL && n != NULL ? PyNumber_Add(first, n) : NULL;
+    PyObject *range = NULL;
+    if (stop != NULL) {
+        range =
+            PyObject_CallFunctionObjArgs((PyObject *)&PyRange_Type, first, stop, NULL);
+    }
+    Py_XDECREF(first);
+    Py_XDECREF(n);
+    Py_XDECREF(stop);
+    return range;
+}
+
 PyMethodDef bias_methods[] = {
     {"bias_arrays", FASTCALL(bias_spread), "(values, logits or None, out)"},
     {"bias_collect_arrays", FASTCALL(bias_collect), "(grad, sums)"},
+    {"t5_values_arrays", FASTCALL(t5_values),
+     "(weight, offsets, max_distance, bidirectional, values)"},
+    {"consecutive", FASTCALL(consecutive), "(positions) -> range or None"},
     {NULL, NULL, 0, NULL},
 };

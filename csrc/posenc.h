@@ -351,6 +351,20 @@ typedef void t5_bucket_kernel(const t5_buckets *buckets, size_t n,
                               char *out, ptrdiff_t out_step);
 
 typedef struct {
+    t5_buckets buckets;                   /* such as t5_bucket knows           */
+    size_t n_head;                        /* numbers for each bucket           */
+    size_t element_size;                  /* bytes: 2, 4 or 8                  */
+    ptrdiff_t weight_bucket, weight_head; /* within the weight                */
+    ptrdiff_t value_head;                 /* row to row of the values          */
+} t5_table;
+
+/* The number that each head has for each of n offsets: from weight (n_bucket, n_head)
+ * of any type of element_size to values (n_head, n), disjoint.  Offsets are int64_t,
+ * side by side as the values of a head are. */
+typedef void t5_values_kernel(const t5_table *table, size_t n, const char *offsets,
+                              const char *weight, char *values);
+
+typedef struct {
     size_t n_row;        /* rows in the strip: queries                        */
     size_t n_key;        /* keys per row                                      */
     size_t element_size; /* bytes                                             */
@@ -397,6 +411,7 @@ typedef struct {
         cope_attention_backward_kernel *backward;
     } cope_attention[2]; /* for type float and those of 16 bits, and for double */
     t5_bucket_kernel *t5_bucket;
+    t5_values_kernel *t5_values;
     bias_spread_kernel *bias_spread;
     bias_add_kernel *bias_add[N_REAL];
     bias_collect_kernel *bias_collect[N_REAL];

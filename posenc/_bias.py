@@ -7,7 +7,7 @@ import numpy as np
 
 from . import _core
 from . import _tensors as tensors
-from ._bias_spread import Bias, parameters, positions_of, spread
+from ._bias_spread import Bias, parameters, places_of, spread
 from ._check import (
     as_array,
     must,
@@ -203,16 +203,16 @@ def t5_bias(
     here = "t5_bias"
     table = parameters(here, "weight", weight, ("num_buckets", "H"))
     buckets = check_buckets(here, bidirectional, len(table), max_distance, "weight")
-    q = positions_of(here, "q_positions", q_positions, whole=True)
-    k = positions_of(here, "k_positions", k_positions, whole=True)
-
-    columns = np.ascontiguousarray(table.T)
+    q, k = places_of(here, q_positions, k_positions, whole=True)
+    n_head = table.shape[1]
 
     def evaluate(offsets):
-        return columns.take(_core.t5_bucket(offsets, *buckets), axis=1)
+        values = np.empty((n_head, len(offsets)), table.dtype)
+        _core.t5_values_arrays(table, offsets, *buckets[1:], values)
+        return values
 
-    n_head, is_tensor = table.shape[1], are_tensors(weight, q_positions, k_positions)
-    bias = Bias(here, n_head, table.dtype, is_tensor, evaluate)
+    is_tensor = are_tensors(weight, q_positions, k_positions)
+    bias = Bias(here, n_head, table.dtype, is_tensor, evaluate, position_type=np.int64)
     return spread(bias, q, k, add_to, out)
 
 
@@ -329,12 +329,13 @@ def alibi_bias(
     here = "alibi_bias"
     true_or_false(here, "symmetric", symmetric)
     own = parameters(here, "slopes", slopes, ("H",))
-    q = positions_of(here, "q_positions", q_positions)
-    k = positions_of(here, "k_positions", k_positions)
+    q, k = places_of(here, q_positions, k_positions)
     wide = own.astype(np.float64)[:, None]
 
     def evaluate(offsets):
-        return wide * (-np.abs(offsets) if symmetric else offsets) + 0.0
+        values = wide * (-np.abs(offsets) if symmetric else offsets)
+        values += 0.0  # no zero is negative
+        return values
 
     is_tensor = are_tensors(slopes, q_positions, k_positions)
     bias = Bias(here, len(own), own.dtype, is_tensor, evaluate)
@@ -403,8 +404,7 @@ def kerple_bias(
     first = parameters(here, "r1", r1, ("H",))
     second = parameters(here, "r2", r2, (len(first),))
     check_kerple(here, first, second, kernel)
-    q = positions_of(here, "q_positions", q_positions)
-    k = positions_of(here, "k_positions", k_positions)
+    q, k = places_of(here, q_positions, k_positions)
     a, b = (part.astype(np.float64)[:, None] for part in (first, second))
 
     def evaluate(offsets):
@@ -502,8 +502,7 @@ def fire_bias(
     c = abs(real_number(here, "c", c))
     threshold = abs(real_number(here, "threshold", threshold))
     eps = real_number(here, "eps", eps)
-    q = positions_of(here, "q_positions", q_positions)
-    k = positions_of(here, "k_positions", k_positions)
+    q, k = places_of(here, q_positions, k_positions)
     dtype = widest(*(part.dtype for pair in layers for part in pair))
     wide = [tuple(part.astype(np.float64) for part in pair) for pair in layers]
 
@@ -593,8 +592,7 @@ def sandwich_bias(
         raise ValueError(must(here, "dim", "be even", dim))
     theta = positive_number(here, "theta", theta)
     dtype = real_dtype(here, dtype)
-    q = positions_of(here, "q_positions", q_positions)
-    k = positions_of(here, "k_positions", k_positions)
+    q, k = places_of(here, q_positions, k_positions)
     inv_freq = theta ** (-2 * np.arange(dim // 2) / dim)
     compression = 8 * np.arange(1, n_head + 1)[:, None] / n_head
 

@@ -13,10 +13,13 @@ import numpy as np
 from . import _core
 from . import _tensors as tensors
 from ._check import as_array, must, out_array, real_array
-from ._results import REAL_RULE, are_one, real_kind, widest
+from ._results import REAL_RULE, are_one, float_of, real_kind
 
 # Elements that are evaluated at once where positions are not consecutive.
 _BLOCK = 1 << 18
+
+# Beyond it float64 skips whole numbers.
+_MOST_WHOLE = 2**53
 
 
 class Bias(NamedTuple):
@@ -31,6 +34,7 @@ class Bias(NamedTuple):
     weight: int = 1
     # Values depend on queries beyond it, which are then a second argument; or None.
     threshold: float | None = None
+    position_type: type = np.float64  # and of offsets
 
 
 # --- what is given -------------------------------------------------------------------
@@ -41,15 +45,14 @@ def parameters(function, name, value, shape):
     array = np.asarray(as_array(function, name, value))
     real_kind(function, name, array.dtype)
     check_shape(function, name, array.shape, shape)
-    return array.astype(widest(array.dtype))  # a copy: `out` may lie in its memory
+    return array.astype(float_of(array.dtype))  # a copy: `out` may lie in its memory
 
 
 def check_shape(function, name, shape, wanted):
     """Raise unless numbers have a shape, in which a string stands for any size."""
-    fits = len(shape) == len(wanted) and all(
-        size == want or (isinstance(want, str) and size > 0)
-        for size, want in zip(shape, wanted, strict=True)
-    )
+    fits = len(shape) == len(wanted)
+    for size, want in zip(shape, wanted, strict=False):
+        fits &= size == want or (size > 0 and type(want) is str)
     if not fits:
         axes = ", ".join(map(str, wanted)) + ("," if len(wanted) == 1 else "")
         rule = f"be of shape ({axes})" + (" and not empty" if wanted else "")
@@ -68,46 +71,103 @@ def positions_of(function, name, value, whole=False):
     return own.copy() if own is array else own  # a copy, as above
 
 
+def places_of(function, q_positions, k_positions, whole=False):
+    """Return positions: as ranges if they are consecutive, else as `positions_of`."""
+    q = _places(function, "q_positions", q_positions, whole)
+    return q, _places(function, "k_positions", k_positions, whole)
+
+
+def _places(function, name, value, whole):
+    """Return them for queries or keys; those of consecutive ones are quick to check."""
+    if _is_range_of_steps(value):
+        return value
+    array = np.asarray(as_array(function, name, value))
+    if not whole or array.dtype.kind == "i":
+        steps = _core.consecutive(array)
+        if steps is not None:
+            return steps
+    return _range_or_array(positions_of(function, name, array, whole))
+
+
+def _is_range_of_steps(value):
+    """Tell whether positions are a range of neighbours that float64 can hold."""
+    if type(value) is not range or value.step != 1 or not value:
+        return False
+    return value[0] >= -_MOST_WHOLE and value[-1] <= _MOST_WHOLE
+
+
+def _range_or_array(positions):
+    """Return positions (n,) as a range if each is one more than that before it."""
+    steps = _core.consecutive(positions)
+    return positions if steps is None else steps
+
+
 def leading_axes(function, name, first, second):
-    """Return what all axes but the last of two arrays are broadcast to."""
+    """Return what all axes but the last of two shapes are broadcast to."""
+    first, second = first[:-1], second[:-1]
+    if first == second:
+        return first
     try:
-        return np.broadcast_shapes(first.shape[:-1], second.shape[:-1])
+        return np.broadcast_shapes(first, second)
     except ValueError:
-        rule = f"have leading axes that broadcast with {first.shape[:-1]}"
-        raise ValueError(must(function, name, rule, second.shape[:-1])) from None
+        rule = f"have leading axes that broadcast with {first}"
+        raise ValueError(must(function, name, rule, second)) from None
 
 
 # --- the call ------------------------------------------------------------------------
 
 
-def spread(bias, q_positions, k_positions, add_to, out):
+@np.errstate(all="ignore")
+def spread(bias, q, k, add_to, out):
     """Return the bias, written or added where it was asked for."""
-    with np.errstate(all="ignore"):
-        q, k, logits = q_positions, k_positions, None
-        if add_to is not None:
-            logits = as_array(bias.function, "add_to", add_to)
-        shape = _result_shape(bias, q, k, logits)
-        logits, answer, result = _memory(bias, shape, add_to, logits, out)
-        tensors.mark_changed(answer if out is None else out)
-        target = _apart(result, logits)
+    if add_to is None and out is None and _n_near(bias, q, k) == 1 == len(q):
+        return _only_row(bias, q, k)
+    logits = None if add_to is None else as_array(bias.function, "add_to", add_to)
+    places = _shape(q), _shape(k)
+    shape = _result_shape(bias, *places, logits)
+    logits, answer, result = _memory(bias, shape, add_to, logits, out)
+    tensors.mark_changed(add_to if out is None else out)
+    target = _apart(result, logits)
+    if len(places[0]) == len(places[1]) == 1:
+        _fill(bias, q, k, logits, target)
+    else:
         lead = shape[:-3]
-        if q.ndim == k.ndim == 1:
-            _fill(bias, q, k, logits, target)
-        else:
-            q = np.broadcast_to(q, (*lead, q.shape[-1]))
-            k = np.broadcast_to(k, (*lead, k.shape[-1]))
-            for at in np.ndindex(lead):
-                own = None if logits is None else logits[at]
-                _fill(bias, q[at], k[at], own, target[at])
-        if target is not result:
-            result[...] = target
+        q, k = (_broadcast(_array(bias, positions), lead) for positions in (q, k))
+        for at in np.ndindex(lead):
+            own = None if logits is None else logits[at]
+            row = _range_or_array(q[at]), _range_or_array(k[at])
+            _fill(bias, *row, own, target[at])
+    if target is not result:
+        result[...] = target
     return answer
 
 
+def _only_row(bias, q, k):
+    """Return the bias of one query: its values are all there is."""
+    row = in_type(_values(bias, q, k), bias.dtype)[:, None]
+    return tensors.from_numpy(row) if bias.is_tensor else row
+
+
+def _shape(positions):
+    """Return the shape of positions, a range or an array."""
+    return (len(positions),) if type(positions) is range else positions.shape
+
+
+def _array(bias, positions):
+    """Return positions as an array."""
+    if type(positions) is range:
+        return np.arange(positions.start, positions.stop, dtype=bias.position_type)
+    return positions
+
+
+def _broadcast(positions, lead):
+    return np.broadcast_to(positions, (*lead, positions.shape[-1]))
+
+
 def _result_shape(bias, q, k, logits):
-    """Return (..., H, T, S); raise if positions and logits do not fit."""
+    """Return (..., H, T, S); raise if shapes of positions and logits do not fit."""
     lead = leading_axes(bias.function, "k_positions", q, k)
-    own = (bias.n_head, q.shape[-1], k.shape[-1])
+    own = (bias.n_head, q[-1], k[-1])
     if logits is None:
         return (*lead, *own)
     check_logits(bias.function, tuple(logits.shape), lead, own)
@@ -124,7 +184,7 @@ def check_logits(function, shape, lead, own):
 
 def _broadcasts_to(shape, whole):
     try:
-        return np.broadcast_shapes(shape, whole) == whole
+        return shape in ((), whole) or np.broadcast_shapes(shape, whole) == whole
     except ValueError:
         return False
 
@@ -152,8 +212,8 @@ def _memory(bias, shape, add_to, logits, out):
         dtype = logits.dtype
     if out is not None:
         return logits, out, out_array(here, out, shape, dtype, "out", is_tensor)
-    answer = tensors.empty(shape, dtype) if is_tensor else np.empty(shape, dtype)
-    return logits, answer, tensors.as_numpy(answer) if is_tensor else answer
+    result = np.empty(shape, dtype)
+    return logits, tensors.from_numpy(result) if is_tensor else result, result
 
 
 def _apart(result, logits):
@@ -171,19 +231,37 @@ def _fill(bias, q, k, logits, result):
     """Write the bias between positions (T,) and (S,), added to logits if given."""
     if result.size == 0:
         return
-    n_near = 0
-    if _are_consecutive(q) and _are_consecutive(k):
-        n_near = len(q)
-        if bias.threshold is not None:
-            n_near = int(np.count_nonzero(q <= bias.threshold))
+    n_near = _n_near(bias, q, k)
     if n_near > 0:
         near = slice(0, n_near)
-        first = k[0] - q[n_near - 1]
-        offsets = first + np.arange(n_near + len(k) - 1, dtype=q.dtype)
-        values = _evaluate(bias, offsets, q[0])
+        values = _values(bias, q[near], k)
         _spread_values(values, _rows(logits, near), _rows(result, near))
+    if n_near < len(q):
+        far = slice(n_near, len(q))
+        q, k = _array(bias, q[far]), _array(bias, k)
+        _fill_blocks(bias, q, k, _rows(logits, far), _rows(result, far))
+
+
+def _n_near(bias, q, k):
+    """Return of how many queries the values are one row, if moved on key by key."""
+    if type(q) is not range or type(k) is not range:
+        return 0
+    if bias.threshold is None:
+        return len(q)
+    return int(np.count_nonzero(_array(bias, q) <= bias.threshold))
+
+
+def _values(bias, q, k):
+    """Return the values (H, T + S - 1) between consecutive positions."""
+    offsets = np.arange(len(q) + len(k) - 1, dtype=bias.position_type)
+    offsets += bias.position_type(k[0] - q[-1])
+    return _evaluate(bias, offsets, bias.position_type(q[0]))
+
+
+def _fill_blocks(bias, q, k, logits, result):
+    """Evaluate each element on its own, some queries at once."""
     n_row = max(1, _BLOCK // (len(k) * bias.n_head * bias.weight))
-    for start in range(n_near, len(q), n_row):
+    for start in range(0, len(q), n_row):
         rows = slice(start, start + n_row)
         query = np.broadcast_to(q[rows, None], (len(q[rows]), len(k)))
         values = _evaluate(bias, (k - query).reshape(-1), query.reshape(-1))
@@ -202,15 +280,6 @@ def _evaluate(bias, offsets, query):
 def _rows(matrix, rows):
     """Return some of the queries of logits, if there are any."""
     return None if matrix is None else matrix[..., rows, :]
-
-
-def _are_consecutive(positions):
-    """Tell whether each is one more than that before it, and all are whole."""
-    first = positions[0]
-    is_whole = positions.dtype.kind == "i" or (np.isfinite(first) and first % 1 == 0)
-    if len(positions) == 1 or not is_whole:
-        return bool(is_whole)
-    return bool((positions[1:] - positions[:-1] == 1).all())
 
 
 def _spread_values(values, logits, result):

@@ -85,9 +85,11 @@ def as_array(function, parameter, value):
 
     The array of a tensor lies in the tensor's memory.
     """
+    kind = type(value)
+    if kind is np.ndarray:
+        return value
     if tensors.is_tensor(value):
         return _tensor_memory(function, parameter, value)
-    kind = type(value)
     if isinstance(value, np.ma.MaskedArray):
         rule = "be a plain NumPy array, a CPU tensor or a list"
         raise TypeError(must(function, parameter, rule, kind.__name__))
@@ -175,7 +177,7 @@ def out_array(function, out, shape, dtype, parameter="out", tensor=False):
 
 def _may_hold_an_element_twice(array):
     """Tell whether two indices may lead to the same memory."""
-    if array.size == 0:
+    if array.flags.forc:  # as those without elements are
         return False
     covered = array.itemsize
     axes = zip(array.strides, array.shape, strict=True)

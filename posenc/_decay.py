@@ -163,7 +163,7 @@ def sinusoidal_similarity(
     tensor = tensors.are_tensors(positions_a, positions_b)
     a = positions_of(here, "positions_a", positions_a)
     b = positions_of(here, "positions_b", positions_b)
-    lead = leading_axes(here, "positions_b", a, b)
+    lead = leading_axes(here, "positions_b", a.shape, b.shape)
     shape = (*lead, a.shape[-1], b.shape[-1])
     answer, result = table_result(here, "out", out, shape, dtype, tensor)
     rows = others = sinusoidal(a, dim, theta=theta, dtype=np.float64)

@@ -22,10 +22,14 @@ def real_kind(function, parameter, dtype):
         raise TypeError(must(function, parameter, REAL_RULE, f"dtype {dtype}"))
 
 
+def float_of(dtype):
+    """Return the type of numbers in this machine's bytes; whole ones are float64."""
+    return np.dtype(np.float64) if dtype.kind in "biu" else dtype.newbyteorder("=")
+
+
 def widest(*dtypes):
     """Return the widest; whole numbers count as float64, two of 16 bits as float32."""
-    floats = {np.dtype(np.float64) if d.kind in "biu" else d.newbyteorder("=")
-              for d in dtypes}  # fmt: skip
+    floats = set(map(float_of, dtypes))
     if len(floats) == 1:
         return floats.pop()
     return np.dtype(np.float64 if np.dtype(np.float64) in floats else np.float32)
@@ -75,11 +79,8 @@ def table_result(function, parameter, out, shape, dtype, tensor):
     """Return what the user gets, new or `out`, and the array of its memory."""
     if out is not None:
         return out, out_array(function, out, shape, dtype, parameter, tensor)
-    if tensor:
-        out = tensors.empty(shape, dtype)
-        return out, tensors.as_numpy(out)
-    out = np.empty(shape, dtype)
-    return out, out
+    result = np.empty(shape, dtype)
+    return tensors.from_numpy(result) if tensor else result, result
 
 
 def table_pair(function, out, shape, dtype, tensor):
@@ -123,5 +124,4 @@ def share_memory(a, b):
 
 def are_one(a, b):
     """Tell whether elements of two arrays of one shape and type are the same memory."""
-    same = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return same and a.strides == b.strides
+    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides)

@@ -1,7 +1,6 @@
 """Torch CPU tensors seen as NumPy arrays. Finds torch, but never imports it."""
 
 # SPDX-License-Identifier: BSD-3-Clause
-import math
 import sys
 
 import numpy as np
@@ -19,8 +18,8 @@ def _torch():
 
 def is_tensor(value):
     """Tell whether `value` is a torch tensor of any kind."""
-    torch = _torch()
-    return torch is not None and isinstance(value, torch.Tensor)
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
 
 
 def are_tensors(*values):
@@ -80,7 +79,8 @@ def as_numpy(tensor):
 def empty_like(tensor, dtype):
     """Return a new tensor of a NumPy dtype, in the memory order of `tensor`."""
     torch = _torch()
-    if tensor.is_contiguous() and _is_large(tensor.shape, dtype):
+    is_large = tensor.numel() * dtype.itemsize >= _MIN_HUGE_SIZE
+    if is_large and tensor.is_contiguous():
         return empty(tensor.shape, dtype)
     return torch.empty_like(tensor, dtype=getattr(torch, dtype.name))
 
@@ -88,30 +88,18 @@ def empty_like(tensor, dtype):
 def empty(shape, dtype):
     """Return a new tensor of a NumPy dtype.
 
-    Large ones lie in memory of NumPy, which asks for huge pages: torch does not, and
-    page by page fresh memory takes longer than what is written there.
+    It lies in memory of NumPy, which asks for huge pages: torch does not, and page by
+    page fresh memory takes longer than what is written there.
     """
-    torch = _torch()
-    is_large = _is_large(shape, dtype)
-    own = 0 if is_large else shape
-    tensor = torch.empty(own, dtype=getattr(torch, dtype.name), device="cpu")
-    if is_large:
-        memory = torch.from_numpy(np.empty(_n_byte(shape, dtype), np.uint8))
-        tensor.set_(memory.untyped_storage(), 0, shape)
-    return tensor
-
-
-def _n_byte(shape, dtype):
-    return math.prod(shape) * dtype.itemsize
-
-
-def _is_large(shape, dtype):
-    return _n_byte(shape, dtype) >= _MIN_HUGE_SIZE
+    return from_numpy(np.empty(shape, dtype))
 
 
 def from_numpy(array):
     """Return a tensor in the memory of an array."""
-    return _torch().from_numpy(array)
+    torch = _torch()
+    if array.dtype == bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def mark_changed(*outs):

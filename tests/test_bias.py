@@ -573,6 +573,88 @@ def test_diagonals_are_added_up_in_double(dtype):
         reference.same_bits(sums, want)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda t: t.__name__)
+@pytest.mark.parametrize("n_bucket, max_distance", [(32, 128), (17, 60), (4, 10**9)])
+def test_values_of_t5_are_the_numbers_of_the_buckets(dtype, n_bucket, max_distance):
+    """Near and far, on both sides of the query; and mixed, in any order."""
+    rng = np.random.default_rng(10)
+    weight = rng.standard_normal((n_bucket, 3)).astype(dtype)
+    ends = (-(2**63), 2**63 - 1, -max_distance, max_distance, 0)
+    for offsets in (
+        np.arange(-1000, 1000),
+        np.arange(-700, -99),
+        np.arange(1, 200),
+        np.arange(128, 700),
+        rng.integers(-300, 300, 400),
+        np.repeat(ends, 128),
+        np.array(ends * 30),
+    ):
+        for both in (True, False):
+            bucket = posenc.ufunc.t5_bucket(offsets, n_bucket, max_distance, both)
+            want = np.ascontiguousarray(weight[bucket].T)
+            for own in (weight, np.asfortranarray(weight), weight[::-1].copy()[::-1]):
+                values = np.zeros((3, len(offsets) + 1), dtype)[:, :-1]
+                numbers = own, offsets, max_distance, both
+                posenc._core.t5_values_arrays(*numbers, values)
+                reference.same_bits(np.ascontiguousarray(values), want)
+
+
+def test_values_of_t5_with_any_number_of_threads():
+    offsets = np.random.default_rng(11).integers(-300, 300, 100_001)
+    weight = np.arange(96.0).reshape(32, 3)
+    want = np.ascontiguousarray(weight[posenc.t5_bucket(offsets)].T)
+    try:
+        for n in (1, 2, 5):
+            posenc.set_num_threads(n)
+            values = np.zeros_like(want)
+            posenc._core.t5_values_arrays(weight, offsets, 128, True, values)
+            reference.same_bits(values, want)
+    finally:
+        posenc.set_num_threads(None)
+
+
+def test_consecutive_positions_are_known():
+    far = 2**53
+    for first, n in ((0, 1), (-3, 9), (far, 1), (far - 8, 9), (-far, 9)):
+        want, array = range(first, first + n), first + np.arange(n)
+        assert posenc._core.consecutive(array) == want
+        assert posenc._core.consecutive(np.repeat(array, 2)[::2]) == want
+        assert posenc._core.consecutive(array.astype(float)) == want
+    raw = np.zeros(17, np.uint8)[1:].view(np.int64)
+    for others in (
+        np.arange(0),
+        np.arange(5)[::-1],
+        np.array([0, 1, 3]),
+        np.array([0, 1, 1]),
+        np.array([0, 1, 2**32 + 2]),
+        np.array([far, far + 1]),
+        np.array([-far - 1, -far]),
+        np.array([2**63 - 1, -(2**63)]),
+        np.array([0.5, 1.5]),
+        np.array([0.0, 1.0, 2.5]),
+        np.array([np.nan]),
+        np.array([1e300]),
+        np.array([far, far + 1.0]),
+        np.array([np.inf, np.inf]),
+        np.arange(5).astype("i4"),
+        np.arange(5).astype(">i8"),
+        np.arange(5)[None],
+        np.array(5),
+        raw,
+        [0, 1, 2],
+    ):
+        assert posenc._core.consecutive(others) is None
+    with pytest.raises(TypeError, match="must number 1; got 0"):
+        posenc._core.consecutive()
+
+
+def test_distances_that_leave_the_doubles_are_infinite():
+    got = posenc.alibi_bias([1.0, 0.5], [1.7e308], [-1.7e308, 1.7e308])
+    np.testing.assert_array_equal(got, [[[-np.inf, 0]], [[-np.inf, 0]]])
+    got = posenc.alibi_bias([1.0], [1.7e308], [-1.7e308])
+    np.testing.assert_array_equal(got, [[[-np.inf]]])
+
+
 def test_private_door_refuses_what_does_not_fit():
     good = np.zeros((3, 9)), None, np.zeros((3, 5, 5))
     doors = posenc._core.bias_arrays, posenc._core.bias_collect_arrays
@@ -593,6 +675,35 @@ def test_private_door_refuses_what_does_not_fit():
             doors[0](values, logits, out)
     with pytest.raises(TypeError, match="must be arrays that fit together"):
         doors[1](good[2], np.zeros((3, 9), "f"))
+    door = posenc._core.t5_values_arrays
+    weight, offsets, values = np.zeros((32, 3)), np.arange(9), np.zeros((3, 9))
+    door(weight, offsets, 128, True, values)
+    readonly = values.copy()
+    readonly.flags.writeable = False
+    for bad in (
+        (weight[0], offsets, 128, True, values),
+        (weight.astype("f"), offsets, 128, True, values),
+        (weight.astype(int), offsets, 128, True, values.astype(int)),
+        (weight[:, :2], offsets, 128, True, values),
+        (weight, offsets[:8], 128, True, values),
+        (weight, offsets[:0], 128, True, values[:, :0]),
+        (weight, offsets[None], 128, True, values),
+        (weight, offsets.astype(float), 128, True, values),
+        (weight, np.arange(18)[::2], 128, True, values),
+        (weight, offsets, 8, True, values),
+        (weight, offsets, 16, False, values),
+        (weight[:3], offsets, 128, True, values),
+        (weight[:1], offsets, 128, False, values),
+        (weight, offsets, 128, True, np.zeros((3, 18))[:, ::2]),
+        (weight, offsets, 128, True, readonly),
+        (weight, offsets, 128, True, None),
+    ):
+        with pytest.raises(TypeError, match="must be arrays that fit together"):
+            door(*bad)
+    with pytest.raises(TypeError):
+        door(weight, offsets, "128", True, values)
+    with pytest.raises(TypeError, match="must number 5; got 1"):
+        door(weight)
 
 
 @every_family
