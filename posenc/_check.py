@@ -56,7 +56,9 @@ def real_number(function, parameter, value, rule="be a finite number", holds=Non
         value = float(value)
     except OverflowError:
         raise ValueError(must(function, parameter, rule, "a larger number")) from None
-    if not math.isfinite(value) or (holds is not None and not holds(value)):
+    # A comparison, which compilers of torch also take of numbers that vary.
+    is_finite = -math.inf < value < math.inf
+    if not is_finite or (holds is not None and not holds(value)):
         raise ValueError(must(function, parameter, rule, repr(value)))
     return value
 

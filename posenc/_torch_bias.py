@@ -481,7 +481,9 @@ def _split(grid, threshold):
 def _places(function, n_query, n_key):
     """Return the positions of the last queries of some keys."""
     n_key = n_query if n_key is None else n_key
-    if is_dynamo_compiling():  # a range would fix the numbers in the graph
+    if is_dynamo_compiling() or any(
+        isinstance(n, torch.SymInt) for n in (n_query, n_key)
+    ):  # a range would fix the numbers in the graph
         grid = consecutive(n_key - n_query, n_query, 0, n_key)
         return grid, grid
     n_query = whole_number(function, "n_query", n_query, 0)

@@ -161,6 +161,44 @@ def test_one_operator_in_a_compiled_graph(places):
         x.grad = None
 
 
+X, TABLE = data(2, 5, 8).detach(), data(16, 8, seed=1).detach()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda number: pt.add_sinusoidal(X, scale=number),
+        lambda number: pt.add_sinusoidal(X, theta=number),
+        lambda number: pt.add_sinusoidal(X, downscale_freq_shift=number / 8),
+        lambda number: pt.add_learned(X, TABLE, scale=number),
+    ],
+    ids=["scale", "theta", "downscale_freq_shift", "of learned tables"],
+)
+def test_compiled_calls_take_numbers_that_vary(call, compiled):
+    fast = compiled(call, "aot_eager")
+    for number in (2.0, 3.0, 4.5):
+        assert torch.equal(fast(number), call(number))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda scale: pt.SinusoidalEmbedding(scale=scale),
+        lambda scale: pt.LearnedEmbedding.from_table(TABLE, scale=scale),
+    ],
+    ids=["sines", "learned"],
+)
+def test_compiled_modules_differ_in_scale(make, compiled):
+    for scale in (2.0, 3.0, 4.5):
+        module = make(scale)
+        want = module(X)
+        module.compile(fullgraph=True, backend="aot_eager")
+        assert torch.equal(module(X), want)
+    fast = compiled(make(2.0), "aot_eager", dynamic=True)
+    for n_token in (5, 3):
+        assert torch.equal(fast(X[:, :n_token]), make(2.0)(X[:, :n_token]))
+
+
 def test_operators_keep_the_rules_of_torch():
     x, table = data(2, 5, 6).detach(), data(9, 6, seed=1).detach()
     none = (None, None, None)
