@@ -40,8 +40,8 @@ def _plain(given, add_to, out):
 def _check(function, given, add_to, out):
     """Return the tensors of a call; refuse what no operator takes."""
     given = {name: as_tensor(function, name, value) for name, value in given.items()}
-    others = {} if add_to is None else {"add_to": add_to}
-    check_call(function, given | others, out)
+    logits = {} if add_to is None else {"add_to": add_to}
+    check_call(function, logits | given, out)
     return list(given.values())
 
 

@@ -328,6 +328,70 @@ def test_other_devices():
             call()
 
 
+META = torch.ones(3, 4, device="meta")
+HERE = torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda out: pt.add_sinusoidal(META, out=out),
+            "add_sinusoidal: out must be on meta, as x is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.add_sinusoidal(HERE, out=META),
+            "add_sinusoidal: out must be on the CPU, as x is; got a tensor on meta",
+        ),
+        (
+            lambda out: pt.add_sinusoidal(HERE, positions=META[:, 0], out=out),
+            "add_sinusoidal: positions must be on the CPU, as x is; got a tensor on",
+        ),
+        (
+            lambda out: pt.add_learned(META, HERE, out=out),
+            "add_learned: out must be on meta, as x is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.add_learned(HERE, META, out=out),
+            "add_learned: table must be on the CPU, as x is; got a tensor on meta",
+        ),
+        (
+            lambda out: pt.rope(META, HERE[:, :2], HERE[:, :2], out=out),
+            "rope: out must be on meta, as x is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.rope(HERE, META[:, :2], META[:, :2]),
+            "rope: cos must be on the CPU, as x is; got a tensor on meta",
+        ),
+        (
+            lambda out: pt.rope_qk(META, HERE, HERE[:, :2], HERE[:, :2]),
+            "rope_qk: k must be on meta, as q is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.cope_bias(META, META, out=out),
+            "cope_bias: out must be on meta, as logits is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.cope_attention(HERE, HERE, HERE, META, out=out),
+            "position_embedding must be on the CPU, as q is; got a tensor on meta",
+        ),
+        (
+            lambda out: pt.alibi_bias(META[0], range(3), range(4), out=out),
+            "alibi_bias: out must be on meta, as slopes is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.alibi_bias(META[0], range(3), range(4), add_to=out),
+            "alibi_bias: slopes must be on the CPU, as add_to is; got a tensor on meta",
+        ),
+    ],
+)
+def test_nothing_is_computed_from_meta_tensors(call, text):
+    out = torch.full((3, 4), 7.0)
+    with pytest.raises(TypeError, match=text):
+        call(out)
+    assert bool((out == 7).all())
+
+
 # --- modules -------------------------------------------------------------------------
 
 
