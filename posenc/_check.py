@@ -23,6 +23,8 @@ _GRADIENTS = {
     "fire_bias": " (posenc.torch.fire_bias gives gradients)",
 }
 
+REAL_NUMBERS = "hold real numbers that float64 can hold"
+
 
 def must(function, parameter, rule, got):
     """Return the one sentence that every error says: ``got`` is shown as it is."""
@@ -132,8 +134,8 @@ def real_array(function, parameter, value, dtype=np.float64):
     array = np.asarray(as_array(function, parameter, value))
     kind = array.dtype.kind
     if (kind not in "iuf" or array.itemsize > 8) and array.dtype.name != "bfloat16":
-        rule = "hold real numbers that float64 can hold"
-        raise TypeError(must(function, parameter, rule, f"dtype {array.dtype}"))
+        got = f"dtype {array.dtype}"
+        raise TypeError(must(function, parameter, REAL_NUMBERS, got))
     if kind in "iu" and array.itemsize == 8 and array.size:
         extreme = max(int(array.max()), -int(array.min()))
         if extreme > 2**53:

@@ -86,7 +86,8 @@ def t5_bias(
         The learned numbers of the buckets, on the CPU.
     q_positions, k_positions : range, torch.Tensor or ndarray, shape (..., T), (..., S)
         Positions in tokens, whole. Under `torch.compile` only ranges are known to be
-        consecutive, which takes far less time.
+        consecutive, which takes far less time. Under `torch.export` ranges fix the
+        lengths, but tensors do not, nor does `T5Bias`.
     bidirectional, max_distance : optional
         As in `posenc.t5_bias`.
     add_to : torch.Tensor, shape (..., H, T, S), optional

@@ -488,6 +488,24 @@ ERRORS = [
         "k_positions must hold whole numbers of magnitude at most 2**53; got "
         "9007199254740993",
     ),
+    (
+        lambda: alibi_bias(WEIGHT[0], torch.tensor([True, False]), range(9)),
+        TypeError,
+        "alibi_bias: q_positions must hold real numbers that float64 can hold; got "
+        "dtype bool",
+    ),
+    (
+        lambda: kerple_bias(WEIGHT[0].exp(), WEIGHT[0].exp(), range(2), [True, False]),
+        TypeError,
+        "kerple_bias: k_positions must hold real numbers that float64 can hold; got "
+        "dtype bool",
+    ),
+    (
+        lambda: fire_bias([LAYER], range(2), np.array([1j])),
+        TypeError,
+        "fire_bias: k_positions must hold real numbers that float64 can hold; got "
+        "dtype complex128",
+    ),
     (lambda: t5_bias(WEIGHT[0], range(5), range(9)), ValueError, "weight must be of"),
     (lambda: t5_bias(WEIGHT[:2], range(5), range(9)), ValueError, "weight must hold"),
     (
