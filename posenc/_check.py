@@ -23,6 +23,8 @@ _GRADIENTS = {
     "fire_bias": " (posenc.torch.fire_bias gives gradients)",
 }
 
+REAL_NUMBERS = "hold real numbers that float64 can hold"
+
 
 def must(function, parameter, rule, got):
     """Return the one sentence that every error says: ``got`` is shown as it is."""
@@ -56,7 +58,9 @@ def real_number(function, parameter, value, rule="be a finite number", holds=Non
         value = float(value)
     except OverflowError:
         raise ValueError(must(function, parameter, rule, "a larger number")) from None
-    if not math.isfinite(value) or (holds is not None and not holds(value)):
+    # A comparison, which compilers of torch also take of numbers that vary.
+    is_finite = -math.inf < value < math.inf
+    if not is_finite or (holds is not None and not holds(value)):
         raise ValueError(must(function, parameter, rule, repr(value)))
     return value
 
@@ -132,8 +136,8 @@ def real_array(function, parameter, value, dtype=np.float64):
     array = np.asarray(as_array(function, parameter, value))
     kind = array.dtype.kind
     if (kind not in "iuf" or array.itemsize > 8) and array.dtype.name != "bfloat16":
-        rule = "hold real numbers that float64 can hold"
-        raise TypeError(must(function, parameter, rule, f"dtype {array.dtype}"))
+        got = f"dtype {array.dtype}"
+        raise TypeError(must(function, parameter, REAL_NUMBERS, got))
     if kind in "iu" and array.itemsize == 8 and array.size:
         extreme = max(int(array.max()), -int(array.min()))
         if extreme > 2**53:

@@ -40,8 +40,8 @@ def _plain(given, add_to, out):
 def _check(function, given, add_to, out):
     """Return the tensors of a call; refuse what no operator takes."""
     given = {name: as_tensor(function, name, value) for name, value in given.items()}
-    others = {} if add_to is None else {"add_to": add_to}
-    check_call(function, given | others, out)
+    logits = {} if add_to is None else {"add_to": add_to}
+    check_call(function, logits | given, out)
     return list(given.values())
 
 
@@ -86,7 +86,8 @@ def t5_bias(
         The learned numbers of the buckets, on the CPU.
     q_positions, k_positions : range, torch.Tensor or ndarray, shape (..., T), (..., S)
         Positions in tokens, whole. Under `torch.compile` only ranges are known to be
-        consecutive, which takes far less time.
+        consecutive, which takes far less time. Under `torch.export` ranges fix the
+        lengths, but tensors do not, nor does `T5Bias`.
     bidirectional, max_distance : optional
         As in `posenc.t5_bias`.
     add_to : torch.Tensor, shape (..., H, T, S), optional
@@ -481,7 +482,9 @@ def _split(grid, threshold):
 def _places(function, n_query, n_key):
     """Return the positions of the last queries of some keys."""
     n_key = n_query if n_key is None else n_key
-    if is_dynamo_compiling():  # a range would fix the numbers in the graph
+    if is_dynamo_compiling() or any(
+        isinstance(n, torch.SymInt) for n in (n_query, n_key)
+    ):  # a range would fix the numbers in the graph
         grid = consecutive(n_key - n_query, n_query, 0, n_key)
         return grid, grid
     n_query = whole_number(function, "n_query", n_query, 0)

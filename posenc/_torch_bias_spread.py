@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._bias_spread import check_logits
-from ._check import must
+from ._check import REAL_NUMBERS, must
 from ._results import REAL_RULE
 from ._torch_bias_ops import spread
 from ._torch_check import as_tensor, check_tensor, is_whole, wrong_dtype
@@ -84,8 +84,8 @@ def _positions(function, name, value, whole):
     check_tensor(function, name, value)
     if value.dim() == 0:
         raise ValueError(must(function, name, "have at least one axis", "shape ()"))
-    if value.is_complex() or (whole and not is_whole(value)):
-        rule = "be whole numbers" if whole else "be real numbers"
+    if not (is_whole(value) or (value.is_floating_point() and not whole)):
+        rule = "be whole numbers" if whole else REAL_NUMBERS
         raise wrong_dtype(function, name, rule, value)
     is_seen = undisturbed() and not value.is_meta
     if is_seen and value.dtype == torch.int64 and value.numel():

@@ -38,6 +38,22 @@ def check_tensor(function, name, tensor):
         raise TypeError(must(function, name, rule, got))
 
 
+def check_together(function, data, others):
+    """Raise unless data and results are all on the CPU or all on meta.
+
+    Other tensors may be on the CPU where the data are on meta, but not the other way
+    round: there would be nothing to compute with. None stands for one not given.
+    """
+    first, x = next(iter(data.items()))
+    for name, tensor in (data | others).items():
+        if tensor is None or tensor.is_meta == x.is_meta:
+            continue
+        if tensor.is_meta or name in data:
+            rule = f"be on {'meta' if x.is_meta else 'the CPU'}, as {first} is"
+            got = f"a tensor on {tensor.device}"
+            raise TypeError(must(function, name, rule, got))
+
+
 def refuse_out(function, out, inputs):
     """Raise if a result that somebody differentiates is to go to a given tensor."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *out)):
@@ -52,11 +68,13 @@ def check_out(function, out, inputs):
 
 
 def check_call(function, given, out):
-    """Refuse tensors, by their names, that no operator takes."""
+    """Refuse tensors, by their names, that no operator takes; data come first."""
     for name, tensor in given.items():
         check_tensor(function, name, tensor)
     if out is not None:
         check_out(function, out, given.values())
+    first = next(iter(given))
+    check_together(function, {first: given[first], "out": out}, given)
 
 
 def float_dtype(function, dtype):

@@ -341,7 +341,9 @@ class KVCache:
             check_tensor("KVCache", "new", tensor)
         kinds = [(t.dtype, (*t.shape[:-2], "T", *t.shape[-1:])) for t in new]
         old = [(t.dtype, (*t.shape[:-2], "T", *t.shape[-1:])) for t in self._memory]
-        if min(t.ndim for t in new) < 2 or len({t.shape[-2] for t in new}) != 1:
+        if min(t.ndim for t in new) < 2 or any(
+            t.shape[-2] != new[0].shape[-2] for t in new
+        ):
             rule = "be tensors (..., tokens, channels) of one number of tokens"
             got = [tuple(t.shape) for t in new]
             raise ValueError(must("KVCache", "new", rule, got))

@@ -40,8 +40,8 @@ def _places(function, positions, offset, cu_seqlens, padding_mask):
 def _refuse_ids(module, x):
     """Raise for a tensor of whole numbers, where a module is to add to embeddings."""
     if isinstance(x, torch.Tensor) and not (x.is_floating_point() or x.is_complex()):
-        rule, got = "hold embeddings, not token ids", str(x.dtype)
-        raise TypeError(must(type(module).__name__, "x", rule, f"dtype {got}"))
+        rule = "hold embeddings, not token ids"
+        raise wrong_dtype(type(module).__name__, "x", rule, x)
 
 
 def _check_data(function, x):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _learned, _sinusoidal
-from ._torch_check import common_dtype, result_dtype
+from ._torch_check import check_together, common_dtype, result_dtype
 from ._torch_ops import Rows
 from ._torch_register import (
     are_plain,
@@ -187,22 +187,29 @@ def _scatter(grad, places, n_row):
 def add_sines(x, places, sines, out=None):
     """Add a sinusoidal table, with gradients where they are asked for."""
     given = x, *places
+    is_plain = are_plain((*given, out))
+    if not is_plain:
+        check_together("add_sinusoidal", {"x": x, "out": out}, places._asdict())
     if out is not None:
-        write = _sinusoidal_out if are_plain((*given, out)) else _ADD_SINUSOIDAL_OUT
+        write = _sinusoidal_out if is_plain else _ADD_SINUSOIDAL_OUT
         write(*given, *sines, out)
         return out
     if transformed():
         return _composed_sines(x, places, sines)
     if need_gradients((x,)):
         return _AddSinusoidal.apply(*given, *sines)
-    return (_sinusoidal_op if are_plain(given) else _ADD_SINUSOIDAL)(*given, *sines)
+    return (_sinusoidal_op if is_plain else _ADD_SINUSOIDAL)(*given, *sines)
 
 
 def add_rows(x, table, places, scale, out=None):
     """Add rows of a learned table, with gradients where they are asked for."""
     given = x, table, *places
+    is_plain = are_plain((*given, out))
+    if not is_plain:
+        others = {"table": table} | places._asdict()
+        check_together("add_learned", {"x": x, "out": out}, others)
     if out is not None:
-        write = _learned_out if are_plain((*given, out)) else _ADD_LEARNED_OUT
+        write = _learned_out if is_plain else _ADD_LEARNED_OUT
         write(*given, scale, out)
         return out
     if transformed():
@@ -210,7 +217,7 @@ def add_rows(x, table, places, scale, out=None):
         return _composed(x, rows, places, scale, result_dtype(x, table))
     if need_gradients((x, table)):
         return _AddLearned.apply(*distinct(given), scale)
-    return (_learned_op if are_plain(given) else _ADD_LEARNED)(*given, scale)
+    return (_learned_op if is_plain else _ADD_LEARNED)(*given, scale)
 
 
 def _composed_sines(x, places, sines):

@@ -30,7 +30,14 @@ from ._rope import rope_table
 from ._rope_check import ANGLES, LAYOUTS
 from ._scaling import rope_inv_freq
 from ._torch_bias import ALiBi, T5Bias, alibi_bias, fire_bias, kerple_bias, t5_bias
-from ._torch_check import as_tensor, check_tensor, is_whole, refuse_out, wrong_dtype
+from ._torch_check import (
+    as_tensor,
+    check_tensor,
+    check_together,
+    is_whole,
+    refuse_out,
+    wrong_dtype,
+)
 from ._torch_cope import CoPE, CoPEAttention, KVCache, cope_attention, cope_bias
 from ._torch_ops import Rows, Turn
 from ._torch_register import undisturbed
@@ -265,6 +272,8 @@ def _rotate(function, xs, cos, sin, rows, turn, inverse, out):
     for name, x in {**xs, "cos": cos, "sin": sin, **(out or {})}.items():
         check_tensor(function, name, x)
     rows = _row_tensors(function, rows)
+    others = {"cos": cos, "sin": sin, **rows._asdict()}
+    check_together(function, {**xs, **(out or {})}, others)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         _check_rows(xs.values(), cos, rows, turn)
     if inverse:

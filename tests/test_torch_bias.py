@@ -308,6 +308,45 @@ def test_compiled_modules_of_any_length_hold_one_operator_each(compiled):
         assert torch.equal(got, t5.weight.grad)
 
 
+class OfShape(torch.nn.Module):
+    """The bias between as many queries and keys as an array has rows and columns."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, x):
+        return self.bias(*x.shape)
+
+
+def of_tensors(n_query, n_key):
+    slopes = torch.tensor([0.5, 0.25])
+    return alibi_bias(slopes, torch.arange(n_query), torch.arange(n_key))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("make", [T5Bias, ALiBi, lambda _: of_tensors])
+def test_exported_programs_serve_any_length(make, strict):
+    bias = make(3)
+    sizes = {i: torch.export.Dim(name, max=64) for i, name in enumerate("TS")}
+    program = torch.export.export(
+        OfShape(bias), (torch.zeros(4, 9),), dynamic_shapes=(sizes,), strict=strict
+    )
+    for n_query, n_key in ((4, 9), (9, 9), (2, 30), (64, 64)):
+        got = program.module()(torch.zeros(n_query, n_key))
+        assert torch.equal(got, bias(n_query, n_key))
+
+
+def test_compiled_numbers_of_fire_vary(compiled):
+    given, function = parameters("fire")
+    given = [t.detach() for t in given]
+    places = torch.arange(5), torch.arange(9)
+    fast = compiled(lambda eps: function(*given, *places, eps=eps), "aot_eager")
+    for eps in (1e-6, 2e-6, 0.5):
+        want = function(*given, *places, eps=eps)
+        assert torch.allclose(fast(eps), want, rtol=ORDER_TOLERANCE, atol=0)
+
+
 @pytest.mark.parametrize("operator", ["bias_spread", "bias_collect", "t5_bucket"])
 def test_operators_pass_opcheck(operator):
     arguments = {
@@ -448,6 +487,24 @@ ERRORS = [
         ValueError,
         "k_positions must hold whole numbers of magnitude at most 2**53; got "
         "9007199254740993",
+    ),
+    (
+        lambda: alibi_bias(WEIGHT[0], torch.tensor([True, False]), range(9)),
+        TypeError,
+        "alibi_bias: q_positions must hold real numbers that float64 can hold; got "
+        "dtype bool",
+    ),
+    (
+        lambda: kerple_bias(WEIGHT[0].exp(), WEIGHT[0].exp(), range(2), [True, False]),
+        TypeError,
+        "kerple_bias: k_positions must hold real numbers that float64 can hold; got "
+        "dtype bool",
+    ),
+    (
+        lambda: fire_bias([LAYER], range(2), np.array([1j])),
+        TypeError,
+        "fire_bias: k_positions must hold real numbers that float64 can hold; got "
+        "dtype complex128",
     ),
     (lambda: t5_bias(WEIGHT[0], range(5), range(9)), ValueError, "weight must be of"),
     (lambda: t5_bias(WEIGHT[:2], range(5), range(9)), ValueError, "weight must hold"),

@@ -1074,3 +1074,28 @@ def test_gradients_of_large_logits_keep_weights_below_one(factor):
     assert all(torch.isfinite(x.grad).all() for x in (q, k, v, embedding))
     assert (v.grad >= 0).all()
     torch.testing.assert_close(v.grad.sum(0), torch.full((8,), 16.0))
+
+
+class TwoSteps(torch.nn.Module):
+    """Attention to tokens, and then with their cache to others."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = CoPEAttention(8, 2)
+
+    def forward(self, first, second):
+        cache = KVCache()
+        self.attention(first, cache=cache)
+        return self.attention(second, cache=cache)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_caches_take_any_length(strict):
+    torch.manual_seed(0)
+    model = TwoSteps()
+    sizes = tuple({1: torch.export.Dim(name, max=64)} for name in "TS")
+    given = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    program = torch.export.export(model, given, dynamic_shapes=sizes, strict=strict)
+    for n_first, n_second in ((5, 3), (9, 2), (2, 20)):
+        given = torch.randn(2, n_first, 8), torch.randn(2, n_second, 8)
+        assert torch.equal(program.module()(*given), model(*given))

@@ -161,6 +161,44 @@ def test_one_operator_in_a_compiled_graph(places):
         x.grad = None
 
 
+X, TABLE = data(2, 5, 8).detach(), data(16, 8, seed=1).detach()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda number: pt.add_sinusoidal(X, scale=number),
+        lambda number: pt.add_sinusoidal(X, theta=number),
+        lambda number: pt.add_sinusoidal(X, downscale_freq_shift=number / 8),
+        lambda number: pt.add_learned(X, TABLE, scale=number),
+    ],
+    ids=["scale", "theta", "downscale_freq_shift", "of learned tables"],
+)
+def test_compiled_calls_take_numbers_that_vary(call, compiled):
+    fast = compiled(call, "aot_eager")
+    for number in (2.0, 3.0, 4.5):
+        assert torch.equal(fast(number), call(number))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda scale: pt.SinusoidalEmbedding(scale=scale),
+        lambda scale: pt.LearnedEmbedding.from_table(TABLE, scale=scale),
+    ],
+    ids=["sines", "learned"],
+)
+def test_compiled_modules_differ_in_scale(make, compiled):
+    for scale in (2.0, 3.0, 4.5):
+        module = make(scale)
+        want = module(X)
+        module.compile(fullgraph=True, backend="aot_eager")
+        assert torch.equal(module(X), want)
+    fast = compiled(make(2.0), "aot_eager", dynamic=True)
+    for n_token in (5, 3):
+        assert torch.equal(fast(X[:, :n_token]), make(2.0)(X[:, :n_token]))
+
+
 def test_operators_keep_the_rules_of_torch():
     x, table = data(2, 5, 6).detach(), data(9, 6, seed=1).detach()
     none = (None, None, None)
@@ -290,6 +328,70 @@ def test_other_devices():
             call()
 
 
+META = torch.ones(3, 4, device="meta")
+HERE = torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda out: pt.add_sinusoidal(META, out=out),
+            "add_sinusoidal: out must be on meta, as x is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.add_sinusoidal(HERE, out=META),
+            "add_sinusoidal: out must be on the CPU, as x is; got a tensor on meta",
+        ),
+        (
+            lambda out: pt.add_sinusoidal(HERE, positions=META[:, 0], out=out),
+            "add_sinusoidal: positions must be on the CPU, as x is; got a tensor on",
+        ),
+        (
+            lambda out: pt.add_learned(META, HERE, out=out),
+            "add_learned: out must be on meta, as x is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.add_learned(HERE, META, out=out),
+            "add_learned: table must be on the CPU, as x is; got a tensor on meta",
+        ),
+        (
+            lambda out: pt.rope(META, HERE[:, :2], HERE[:, :2], out=out),
+            "rope: out must be on meta, as x is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.rope(HERE, META[:, :2], META[:, :2]),
+            "rope: cos must be on the CPU, as x is; got a tensor on meta",
+        ),
+        (
+            lambda out: pt.rope_qk(META, HERE, HERE[:, :2], HERE[:, :2]),
+            "rope_qk: k must be on meta, as q is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.cope_bias(META, META, out=out),
+            "cope_bias: out must be on meta, as logits is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.cope_attention(HERE, HERE, HERE, META, out=out),
+            "position_embedding must be on the CPU, as q is; got a tensor on meta",
+        ),
+        (
+            lambda out: pt.alibi_bias(META[0], range(3), range(4), out=out),
+            "alibi_bias: out must be on meta, as slopes is; got a tensor on cpu",
+        ),
+        (
+            lambda out: pt.alibi_bias(META[0], range(3), range(4), add_to=out),
+            "alibi_bias: slopes must be on the CPU, as add_to is; got a tensor on meta",
+        ),
+    ],
+)
+def test_nothing_is_computed_from_meta_tensors(call, text):
+    out = torch.full((3, 4), 7.0)
+    with pytest.raises(TypeError, match=text):
+        call(out)
+    assert bool((out == 7).all())
+
+
 # --- modules -------------------------------------------------------------------------
 
 
@@ -377,5 +479,5 @@ def test_modules_are_pickled_and_made_on_meta(name):
 )
 def test_modules_refuse_token_ids(module):
     says = f"{type(module).__name__}: x must hold embeddings, not token ids; got dtype"
-    with pytest.raises(TypeError, match=says + " torch.int64"):
+    with pytest.raises(TypeError, match=says + " int64"):
         module(torch.zeros(2, 5, dtype=torch.int64))
