@@ -97,6 +97,30 @@ def add_sinusoidal_decode():
     return add_sinusoidal(1, 1, offset=1000)
 
 
+def add_sinusoidal_numbered():
+    """Do it at positions that differ from sequence to sequence."""
+    x, out = _data(BATCH, LENGTH)
+    array, result, starts = x.numpy(), out.numpy(), 100 * np.arange(BATCH)
+    positions = starts[:, None] + np.arange(LENGTH)
+    packed, packed_out = array.reshape(1, -1, DIM), result.reshape(1, -1, DIM)
+    ends = LENGTH * np.arange(BATCH + 1)
+    function = functools.partial(posenc.add_sinusoidal, array)
+    in_a_row = functools.partial(posenc.add_sinusoidal, packed, cu_seqlens=ends)
+    want = function(positions=positions)
+    bits_of("offset", function(offset=starts), want)
+    bits_of("counted", in_a_row().reshape(x.shape), function())
+    runs = {
+        ("copy", ""): copies([out], [x]),
+        ("posenc", "positions (B, T)"): lambda: function(
+            positions=positions, out=result
+        ),
+        ("posenc", "offset (B,)"): lambda: function(offset=starts, out=result),
+        ("posenc", "cu_seqlens"): lambda: in_a_row(out=packed_out),
+    }
+    name = f"add_sinusoidal, {BATCH} x {LENGTH} x {DIM}, numbered"
+    return _case(name, runs, "bits of each other")
+
+
 def add_learned(batch=BATCH, length=LENGTH):
     """Add the rows of a table at counted positions, as nn.Embedding and a sum do."""
     x, out = _data(batch, length)
@@ -178,6 +202,12 @@ def added_cases():
     """Return pairs of a name and a function that makes the case."""
     made = (
         *(add_sinusoidal, add_sinusoidal_bfloat16, add_sinusoidal_decode),
-        *(add_learned, sinusoidal, sinusoidal_grid, extend_table),
+        *(
+            add_sinusoidal_numbered,
+            add_learned,
+            sinusoidal,
+            sinusoidal_grid,
+            extend_table,
+        ),
     )
     return [(function.__name__, function) for function in made]

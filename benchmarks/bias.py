@@ -149,6 +149,7 @@ def bias(name, length=LENGTH, dtype=torch.float32, n_query=None, compiles=True):
         ZEROS: out.zero_,
         ONES: lambda: out.fill_(1),
         ("posenc", "out given"): lambda: function(out=result),
+        **_numpy_runs(function, result),
         ("posenc", "fresh"): function,
         ("posenc", "added in place"): lambda: function(add_to=sums),
         ("torch, bias ready", "added in place"): lambda: logits.add_(ready),
@@ -162,6 +163,18 @@ def bias(name, length=LENGTH, dtype=torch.float32, n_query=None, compiles=True):
     kind = "" if dtype is torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     title = f"{name}, {N_HEAD} x {n_query} x {length}{kind}"
     return Case(title, "other", lambda n_thread: (runs, facts))
+
+
+def _numpy_runs(function, result):
+    """Return the runs in memory of NumPy, which lies otherwise in its cache lines."""
+    own = np.empty(result.shape, result.dtype)
+    zeros = torch.from_numpy(own.view(f"i{own.itemsize}"))
+    function(out=own)
+    bits_of("out given", own, result)
+    return {
+        ("zeros", "NumPy's memory"): zeros.zero_,
+        ("posenc", "out given, NumPy's memory"): lambda: function(out=own),
+    }
 
 
 def _peers(name, parameter, n_query, length, compiles):

@@ -12,6 +12,7 @@
 #define HELD 4
 #ifdef POSENC_X86_64
 #define STREAM(to, value) _mm_stream_si128((__m128i *)(to), (__m128i)(value))
+#define STREAM_HALF(to, half) _mm_stream_si64((long long *)(to), (long long)(half))
 #define FENCE() _mm_sfence()
 #endif
 #define PRODUCT_ROWS 6

@@ -311,13 +311,33 @@ def test_t5_bias_with_a_cache_has_the_bits_of_transformers(is_decoder, dtype):
 def test_large_t5_bias_has_the_bits_of_transformers():
     """Past the caches, and rows that begin anywhere in a vector."""
     torch = pytest.importorskip("torch")
-    attention = t5_attention(False, n_head=3)
+    attention = t5_attention(False, n_head=7)
     weight = attention.relative_attention_bias.weight
     want = attention.compute_bias(1001, 1003)[0]
-    out = torch.full((3, 1001, 1003), 7.0)
+    out = torch.full((7, 1001, 1003), 7.0)
     assert posenc.t5_bias(weight, range(1001), range(1003), out=out) is out
     assert torch.equal(out, want)
     assert torch.equal(posenc.t5_bias(weight, range(1001), range(1003)), want)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(1101, 1104), (300001, 5)])
+def test_large_biases_are_the_same_wherever_they_lie(dtype, shape):
+    """Past the caches, short rows and long ones."""
+    n_query, n_key = shape
+    n_head = (24 << 20) // (n_query * n_key * np.dtype(dtype).itemsize) + 1
+    weight = np.random.default_rng(2).standard_normal((32, n_head)).astype(dtype)
+    by_offset = weight[posenc.t5_bucket(np.arange(1 - n_query, n_key))].T
+    rows = np.lib.stride_tricks.sliding_window_view(by_offset, n_key, axis=-1)
+    want = rows[:, ::-1]
+    memory = np.zeros(want.size + 32, dtype)
+    for n_byte in (0, 2, 16, 36):
+        start = -(-n_byte // memory.itemsize)
+        out = memory[start : start + want.size].reshape(want.shape)
+        posenc.t5_bias(weight, range(n_query), range(n_key), out=out)
+        reference.same_bits(out, want)
+        assert not memory[start + want.size :].any()
+        memory[...] = 0
 
 
 # --- the others against their formulas -----------------------------------------------
@@ -515,13 +535,13 @@ def test_large_logits_are_streamed_to_the_same_bits():
     rng = np.random.default_rng(5)
     for dtype in FLOATS:
         wide = np.float64 if dtype == np.float64 else np.float32
-        logits = rng.standard_normal((3, 1001, 1003)).astype(dtype)
-        bias = call("alibi", range(1001), range(1003), wide)
+        logits = rng.standard_normal((3, 1001, 1503)).astype(dtype)
+        bias = call("alibi", range(1001), range(1503), wide)
         want = (logits.astype(wide) + bias).astype(dtype)
         out = np.zeros_like(logits)
-        call("alibi", range(1001), range(1003), wide, add_to=logits, out=out)
+        call("alibi", range(1001), range(1503), wide, add_to=logits, out=out)
         reference.same_bits(out, want)
-        call("alibi", range(1001), range(1003), wide, add_to=logits)
+        call("alibi", range(1001), range(1503), wide, add_to=logits)
         reference.same_bits(logits, want)
 
 

@@ -173,7 +173,7 @@ def test_sums_in_any_memory(dtype, data):
 @every_dtype
 @pytest.mark.parametrize("start", range(3))
 def test_large_results_are_the_same_wherever_they_lie(dtype, start):
-    x, table = normal(4, 1100, 600, dtype=dtype), normal(1100, 600, dtype=dtype)
+    x, table = normal(4, 1900, 600, dtype=dtype), normal(1900, 600, dtype=dtype)
     want = reference.scale_and_add(x, 2.0, table)
     memory = np.zeros(x.size + 64, dtype)
     out = memory[start : start + x.size].reshape(x.shape)

@@ -118,7 +118,7 @@ def bias_digests():
     offset = np.arange(-5000, 5000)
     for numbers in ((32, 128, True), (32, 128, False), (100, 3000, True)):
         yield f"buckets {numbers}", [posenc.ufunc.t5_bucket(offset, *numbers)]
-    for types, shape in product(SINGLE, ((2, 9, 70), (3, 1001, 1003))):
+    for types, shape in product(SINGLE, ((2, 9, 70), (7, 1001, 1003))):
         weight = rng.standard_normal((32, shape[0])).astype(types.data)
         places = range(shape[1]), range(shape[2])
         logits = sprinkle(rng, rng.standard_normal(shape).astype(types.data))
@@ -174,9 +174,26 @@ def large_digests():
         for layout, rounding in product(LAYOUTS, roundings(types)):
             options = {"layout": layout, "rounding": rounding}
             whole = posenc.rope(x, cos, sin, axis=0, **options)
+            memory = np.empty(x.size + 64, x.dtype)
+            skew = (-memory.ctypes.data % 64 + 16) // memory.itemsize
+            out = memory[skew : skew + x.size].reshape(x.shape)
+            posenc.rope(x, cos, sin, axis=0, out=out, **options)
             narrow = cos[:, : m // 2], sin[:, : m // 2]
             part = posenc.rope(x, *narrow, axis=0, rotary_start=m // 2, **options)
-            yield f"large {types} {m} {layout} {rounding}", [whole, part]
+            yield f"large {types} {m} {layout} {rounding}", [whole, part, out]
+
+
+def added_digests():
+    """Rows of tables added to data, past the caches and anywhere in a vector."""
+    rng = np.random.default_rng(7)
+    for types, n_channel in product(SINGLE, (5, 603)):
+        shape = 3, (9 << 20) // (6 * n_channel), n_channel
+        x = sprinkle(rng, rng.standard_normal(shape).astype(types.data))
+        table = rng.standard_normal(shape[1:]).astype(types.data)
+        added, sines = (np.empty(x.size + 1, x.dtype)[1:].reshape(shape) for _ in "ab")
+        posenc.add_learned(x, table, scale=0.7, out=added)
+        posenc.add_sinusoidal(x, scale=0.7, layout="concat", out=sines)
+        yield f"added {types} {n_channel}", [added, sines]
 
 
 def pattern_digests():
@@ -205,7 +222,7 @@ def main():
     for name, digests in gufunc_digests():
         found[name] = "".join(digests)
     groups = table_digests(), rope_digests(), large_digests(), pattern_digests()
-    groups += cope_digests(), bias_digests()
+    groups += cope_digests(), bias_digests(), added_digests()
     for name, arrays in chain(*groups):
         found[name] = digest(*arrays)
     print(json.dumps(found))
