@@ -7,18 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import reference
+
+import posenc
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from examples.cope import __main__ as program  # noqa: E402
-from examples.cope import report, tasks  # noqa: E402
+from examples.cope import biases, report, tasks  # noqa: E402
 from examples.cope.corpora import CORPORA, split  # noqa: E402
 from examples.cope.experiments import EXPERIMENTS, Recipe, last_only  # noqa: E402
 from examples.cope.model import POSITIONS, Decoder, Shape  # noqa: E402
 from examples.cope.training import answer_loss, new_model, run, schedule  # noqa: E402
 
+TASK_POSITIONS = EXPERIMENTS["flip_flop"].positions
 SMALL = {"n_layer": 2, "n_head": 2, "width": 32, "n_position": 16}
 
 
@@ -216,18 +220,82 @@ def test_the_model_is_causal_and_learns_everywhere(positions, gate_key):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_the_model_knows_the_order_of_tokens(positions):
+def test_one_layer_knows_the_order_of_tokens_only_by_positions(positions):
     torch.manual_seed(0)
     model = Decoder(Shape(9, **{**SMALL, "n_layer": 1}), positions)
     if positions == "cope":
         torch.nn.init.normal_(model.layers[0].attention.embedding)
     one, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[2, 1, 3, 4]])
-    assert not torch.allclose(model(one)[:, -1], model(other)[:, -1], atol=1e-4)
+    same = torch.allclose(model(one)[:, -1], model(other)[:, -1], atol=1e-4)
+    assert same == (positions == "none")
+
+
+def test_sinusoids_are_added_to_embeddings_of_length_as_in_their_paper():
+    model = Decoder(Shape(9, **SMALL), "sinusoidal")
+    tokens = torch.tensor([[4, 2, 7]])
+    embedded = model.embed(tokens)[0].detach().numpy()
+    expected = 32**0.5 * embedded + posenc.sinusoidal(range(3), 32)
+    first = model.streams(tokens)[0][0].detach().numpy()
+    np.testing.assert_allclose(first, expected, atol=1e-5)
+
+
+def expected_bias(bias, positions, length):
+    """Return by the slow reference what a module of three heads gives."""
+    places = range(length)
+    if positions == "alibi":
+        return reference.alibi(reference.alibi_slopes(3), places, places)
+    if positions == "sandwich":
+        return reference.sandwich(3, biases.Sandwich.dim, places, places, 10000.0)
+    numbers = {name: p.detach().numpy() for name, p in bias.named_parameters()}
+    if positions == "kerple":
+        return reference.kerple(numbers["r1"], numbers["r2"], places, places, "log")
+    if positions == "fire":
+        mlp = [(numbers[f"mlp.{i}.weight"], numbers[f"mlp.{i}.bias"]) for i in (0, 2)]
+        threshold = bias.first_threshold * numbers["stretch"]
+        return reference.fire(mlp, places, places, numbers["c"], threshold, 1e-6)
+    buckets = [
+        [reference.t5_bucket(k - q, 32, 128, False) for k in places] for q in places
+    ]
+    return np.moveaxis(numbers["weight"][buckets], -1, 0)
+
+
+@pytest.mark.parametrize("positions", ["t5", "alibi", "kerple", "fire", "sandwich"])
+def test_biases_are_added_to_the_logits_of_every_layer(positions, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(biases.Fire, "first_threshold", 4.0)  # before the last query
+    model = Decoder(Shape(9, n_head=3, width=48), positions).eval()
+    bias = expected_bias(model.bias, positions, 7)
+    tokens = torch.randint(9, (2, 7))
+    for layer, x in zip(model.layers, model.streams(tokens), strict=False):
+        x = layer.attention_norm(x)
+        q, k, v = layer.attention.project(x)
+        logits = q @ k.transpose(-1, -2) / 16**0.5 + torch.from_numpy(bias).float()
+        future = torch.ones(7, 7, dtype=torch.bool).triu(1)
+        gathered = logits.masked_fill(future, -torch.inf).softmax(-1) @ v
+        expected = layer.attention.out(gathered.transpose(1, 2).flatten(2))
+        found = layer.attention(x, model.causal_bias(7))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_schemes_differ_in_positions_alone():
+    bare = new_model(tiny(1), "none", 0).state_dict()
+    for positions in set(POSITIONS) - {"absolute"}:  # draws its table before the rest
+        state = new_model(tiny(1), positions, 0).state_dict()
+        assert all(torch.equal(state[name], value) for name, value in bare.items())
+
+
+def test_kerples_numbers_stay_positive():
+    bias = biases.Kerple(2)
+    with torch.no_grad():
+        bias.r1.copy_(torch.tensor([-1.0, 3.0]))
+    bias(4).sum().backward()
+    assert bias.r1.tolist() == pytest.approx([bias.least, 3.0])
+    assert (bias.r1.grad != 0).all()
 
 
 def test_unknown_positions_are_refused():
-    with pytest.raises(ValueError, match=r"one of absolute, rope, cope; got 'alibi'"):
-        Decoder(Shape(9), "alibi")
+    with pytest.raises(ValueError, match=r"one of absolute, .*, none; got 'xpos'"):
+        Decoder(Shape(9), "xpos")
 
 
 # --- training ------------------------------------------------------------------------
@@ -266,7 +334,7 @@ def tiny(n_step):
     )
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions", TASK_POSITIONS)
 def test_a_short_training_solves_a_tiny_task(positions):
     experiment = tiny(300)
     before = new_model(experiment, positions, 0)
@@ -277,6 +345,21 @@ def test_a_short_training_solves_a_tiny_task(positions):
     assert record["measured"]["in"] < 5
     assert record["loss"] < 0.1
     assert record["positions"] == positions
+
+
+@pytest.mark.parametrize("positions", EXPERIMENTS["text"].positions)
+def test_language_is_learned_and_read_past_the_trained_length(positions):
+    recipe = Recipe(8, n_batch=4, rate=1e-2, n_measured=3)
+    sizes = {**SMALL, "max_length": 64}
+    experiment = replace(
+        EXPERIMENTS["text"], lengths=(16, 64), n_judged=8, recipe=recipe, sizes=sizes
+    )
+    before = dict(new_model(experiment, positions, 0).named_parameters())
+    model, record = run(experiment, positions, 0)
+    assert set(record["measured"]) == {"16", "64"}
+    assert all(0 < bits < 8.5 for bits in record["measured"].values())
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
 
 
 def test_a_seed_gives_the_same_model():
@@ -305,7 +388,9 @@ def test_training_writes_every_result(short, capsys):
     path = short / "results.json"
     records = json.loads(path.read_text())
     keys = [(r["experiment"], r["positions"]) for r in records]
-    assert keys == [(e, p) for e in EXPERIMENTS for p in POSITIONS]
+    assert keys == [(e, p) for e in EXPERIMENTS for p in EXPERIMENTS[e].positions]
+    assert {p for e, p in keys if e == "flip_flop"} == {"absolute", "rope", "cope"}
+    assert {p for e, p in keys if e == "code"} == set(POSITIONS) == set(report.NAMES)
     before = path.read_text()
     program.main(["train", "--seeds", "1", "--results", str(path)])
     assert (path.read_text(), capsys.readouterr().out) == (before, "")
@@ -321,7 +406,8 @@ def test_the_report_fills_readme_and_draws(short, capsys):
     assert text.endswith(f"\n{report.END}\nafter\n")
     assert "old" not in text
     assert capsys.readouterr().out.strip() in text
-    assert all(title in text for title in report.TITLES.values())
+    words = [*report.TITLES.values(), *report.NAMES.values()]
+    assert all(word in text for word in words)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -336,6 +422,11 @@ def test_an_unknown_experiment_is_refused():
         SystemExit, match=r"EXPERIMENT must be one of .*; got 'sorting'"
     ):
         program.main(["train", "sorting"])
+
+
+def test_positions_that_no_experiment_compares_are_refused():
+    with pytest.raises(SystemExit, match=r"--positions must .* flip_flop .*; got t5"):
+        program.main(["train", "flip_flop", "--positions", "t5"])
 
 
 def test_cells_show_the_mean_and_the_spread():

@@ -1,4 +1,6 @@
-"""Train small models with three ways to know positions, and report how they do.
+"""Train small models that know positions in different ways, and report how they do.
+
+Tasks compare absolute positions, RoPE and CoPE; language compares all of `SCHEMES`.
 
     python -m examples.cope train                    # everything, about an hour
     python -m examples.cope train flip_flop --positions cope --seeds 1
@@ -86,9 +88,18 @@ def train(args):
             f"train: EXPERIMENT must be one of {', '.join(EXPERIMENTS)}; "
             f"got {unknown[0]!r}"
         )
-    for seed, name, positions in itertools.product(
-        range(args.seeds), names, args.positions
-    ):
+    pairs = [
+        (name, positions)
+        for name in names
+        for positions in EXPERIMENTS[name].positions
+        if positions in args.positions
+    ]
+    if not pairs:
+        raise SystemExit(
+            f"train: --positions must name some that {', '.join(names)} compare; "
+            f"got {', '.join(args.positions)}"
+        )
+    for seed, (name, positions) in itertools.product(range(args.seeds), pairs):
         train_one(args, name, positions, seed)
 
 

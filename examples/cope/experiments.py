@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from .corpora import CORPORA
+from .model import POSITIONS
 from .tasks import TASKS
 
 MEASURING_SEED = 1_000_000  # sequences to measure on, the same for all models
@@ -46,6 +47,7 @@ class Synthetic:
     settings: dict
     recipe: Recipe
     sizes: dict = field(default_factory=dict)
+    positions = ("absolute", "rope", "cope")
     unit = "% wrong"
 
     @property
@@ -119,6 +121,7 @@ class Language:
     sizes: dict = field(default_factory=dict)
     n_judged: int = 64
     n_token = 256
+    positions = POSITIONS
     unit = "bits per byte"
 
     @property

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from posenc.torch import RotaryEmbedding, cope_attention
+from posenc.torch import ALiBi, RotaryEmbedding, SinusoidalEmbedding, cope_attention
 
-POSITIONS = ("absolute", "rope", "cope")
+from .biases import Fire, Kerple, Sandwich, t5
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,33 @@ class Shape:
     gate_key: bool = False
 
 
+class Learned(nn.Embedding):
+    """Adds a learned row for each position."""
+
+    def forward(self, x):
+        """Return x, shape (n, length, width), with the first rows added."""
+        return x + self.weight[: x.shape[1]]
+
+
+# What a scheme adds to the vectors of tokens, and what to the logits of every layer.
+# The rest is done inside attention: 'rope' turns queries and keys, 'cope' counts.
+SCHEMES = {
+    "absolute": {"table": lambda shape: Learned(shape.max_length, shape.width)},
+    "sinusoidal": {"table": lambda shape: SinusoidalEmbedding(scale=shape.width**0.5)},
+    "rope": {},
+    "t5": {"bias": lambda shape: t5(shape.n_head, shape.width)},
+    "alibi": {"bias": lambda shape: ALiBi(shape.n_head)},
+    "kerple": {"bias": lambda shape: Kerple(shape.n_head)},
+    "fire": {"bias": lambda shape: Fire(shape.n_head)},
+    "sandwich": {"bias": lambda shape: Sandwich(shape.n_head)},
+    "cope": {},
+    "none": {},
+}
+POSITIONS = tuple(SCHEMES)
+
+
 class Attention(nn.Module):
-    """Causal self-attention with RoPE, CoPE, or positions known from the input."""
+    """Causal self-attention with RoPE, CoPE, a bias, or no positions of its own."""
 
     def __init__(self, shape, positions):
         super().__init__()
@@ -74,13 +99,13 @@ class Attention(nn.Module):
         n, length, _ = x.shape
         return self.gate_key(x).view(n, length, self.n_head, -1).transpose(1, 2)
 
-    def forward(self, x):
+    def forward(self, x, bias=None):
         """Return what each position gathers from those up to it, shape of x."""
         q, k, v = self.project(x)
-        if self.embedding is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
+        if self.embedding is not None:
             y = cope_attention(q, k, v, self.embedding, gate_key=self.project_gate(x))
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
         return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -98,9 +123,9 @@ class Layer(nn.Module):
             nn.Linear(4 * shape.width, shape.width, bias=False),
         )
 
-    def forward(self, x):
+    def forward(self, x, bias=None):
         """Return the next residual stream."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), bias)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -112,8 +137,8 @@ class Decoder(nn.Module):
     ----------
     shape : Shape
         Sizes.
-    positions : {'absolute', 'rope', 'cope'}
-        A learned vector added to each token, rotated queries and keys, or CoPE.
+    positions : str
+        Key of `SCHEMES`. One bias serves all layers, as in T5.
     """
 
     def __init__(self, shape, positions):
@@ -125,14 +150,14 @@ class Decoder(nn.Module):
             )
         self.shape, self.positions = shape, positions
         self.embed = nn.Embedding(shape.n_token, shape.width)
-        self.table = None
-        if positions == "absolute":
-            self.table = nn.Embedding(shape.max_length, shape.width)
+        scheme = SCHEMES[positions]
+        self.table = scheme["table"](shape) if "table" in scheme else None
         layers = (Layer(shape, positions) for _ in range(shape.n_layer))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.n_token, bias=False)
         self.apply(self.initialize)
+        self.bias = scheme["bias"](shape) if "bias" in scheme else None
 
     @staticmethod
     def initialize(module):
@@ -140,14 +165,22 @@ class Decoder(nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
 
+    def causal_bias(self, length):
+        """Return what layers add to their logits, -inf for keys to come; or None."""
+        if self.bias is None:
+            return None
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        return self.bias(length).masked_fill(future, -torch.inf)[None]
+
     def streams(self, tokens):
         """Return the residual stream before each layer and after the last."""
         x = self.embed(tokens)
         if self.table is not None:
-            x = x + self.table.weight[: tokens.shape[1]]
+            x = self.table(x)
+        bias = self.causal_bias(tokens.shape[1])
         streams = [x]
         for layer in self.layers:
-            streams.append(layer(streams[-1]))
+            streams.append(layer(streams[-1], bias))
         return streams
 
     def forward(self, tokens):

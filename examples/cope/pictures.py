@@ -10,7 +10,6 @@ import posenc
 
 from .corpora import CORPORA
 from .experiments import EXPERIMENTS
-from .model import POSITIONS
 from .report import NAMES
 from .tasks import BLANK, COPY
 
@@ -208,8 +207,8 @@ def draw_all(trained, folder):
     for name in CORPORA:
         text = passage(name)
         draw_positions(trained(name, "cope"), text, folder / f"positions_{name}.png")
-    models = {p: trained("selective_copy", p) for p in POSITIONS}
     experiment = EXPERIMENTS["selective_copy"]
+    models = {p: trained("selective_copy", p) for p in experiment.positions}
     draw_attention(models, experiment, "sparse", folder / "attention.png")
 
 

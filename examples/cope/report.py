@@ -2,11 +2,24 @@
 
 # SPDX-License-Identifier: BSD-3-Clause
 
-from .experiments import EXPERIMENTS
+import itertools
+
+from .experiments import EXPERIMENTS, Language, Synthetic
 from .model import POSITIONS
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-NAMES = {"absolute": "absolute", "rope": "RoPE", "cope": "CoPE"}
+NAMES = {
+    "absolute": "absolute",
+    "sinusoidal": "sinusoidal",
+    "rope": "RoPE",
+    "t5": "T5",
+    "alibi": "ALiBi",
+    "kerple": "KERPLE",
+    "fire": "FIRE",
+    "sandwich": "Sandwich",
+    "cope": "CoPE",
+    "none": "none",
+}
 TITLES = {
     "flip_flop": "Flip-Flop",
     "selective_copy": "Selective Copy",
@@ -26,12 +39,17 @@ PAPER = {
     ("counting_1", "in"): {"absolute": 5.3, "cope": 0.0},
     ("counting_3", "in"): {"absolute": 67.6, "cope": 1.2},
 }
-# Told apart without colour: marker, line, fill.
+# Told apart without colour: marker, line, fill. Of schemes on tasks, of lengths read.
 STYLES = {
     "absolute": {"marker": "s", "linestyle": ":", "color": "#777777"},
     "rope": {"marker": "^", "linestyle": "--", "color": "#0072B2"},
     "cope": {"marker": "o", "linestyle": "-", "color": "#000000"},
 }
+LENGTH_STYLES = (
+    {"marker": "o", "color": "#000000", "markerfacecolor": "#000000"},
+    {"marker": "^", "color": "#0072B2", "markerfacecolor": "white"},
+    {"marker": "s", "color": "#777777", "markerfacecolor": "white"},
+)
 
 
 def values_of(records, name, positions, key):
@@ -59,21 +77,45 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def rows_of(records, unit, digits):
-    """Return the rows of the experiments measured in a unit, best mean in bold."""
-    rows = []
+def of_kind(records, kind):
+    """Yield name and records of the experiments of some kind that were run."""
     for name, experiment in EXPERIMENTS.items():
         mine = [r for r in records if r["experiment"] == name]
-        if experiment.unit != unit or not mine:
-            continue
-        for key in mine[0]["measured"]:
+        if isinstance(experiment, kind) and mine:
+            yield name, mine
+
+
+def headings(experiment, keys):
+    """Return what was measured in words, what was trained on marked."""
+    return [f"{k} (trained)" if k == experiment.trained else k for k in keys]
+
+
+def task_rows(records):
+    """Return a row for each setting of a task, schemes side by side, best in bold."""
+    rows = []
+    for name, mine in of_kind(records, Synthetic):
+        experiment, keys = EXPERIMENTS[name], list(mine[0]["measured"])
+        for key, where in zip(keys, headings(experiment, keys), strict=True):
             title = TITLES[name] if key == experiment.trained else ""
-            where = f"{key} (trained)" if key == experiment.trained else key
-            cells = [values_of(mine, name, p, key) for p in POSITIONS]
-            texts = bold_best(cells, digits)
+            order = experiment.positions
+            texts = bold_best([values_of(mine, name, p, key) for p in order], 1)
             paper = PAPER.get((name, key), {})
-            texts += [f"{paper[p]:.1f}" if p in paper else "" for p in POSITIONS]
+            texts += [f"{paper[p]:.1f}" if p in paper else "" for p in order]
             rows.append([title, where, *texts])
+    return rows
+
+
+def language_rows(records):
+    """Return a row for each scheme on a corpus, lengths side by side, best in bold."""
+    rows = []
+    for name, mine in of_kind(records, Language):
+        order = [p for p in POSITIONS if any(r["positions"] == p for r in mine)]
+        columns = [
+            bold_best([values_of(mine, name, p, key) for p in order], 3)
+            for key in mine[0]["measured"]
+        ]
+        titles = [TITLES[name]] + [""] * (len(order) - 1)
+        rows += map(list, zip(titles, map(NAMES.get, order), *columns, strict=True))
     return rows
 
 
@@ -90,40 +132,37 @@ def bold_best(cells, digits):
 
 def tables(records):
     """Return the Markdown that stands between the marks of README.md."""
-    ours = [NAMES[p] for p in POSITIONS]
+    ours = [NAMES[p] for p in Synthetic.positions]
+    papers = [f"paper: {name}" for name in ours]
+    language = EXPERIMENTS["text"]
+    lengths = headings(language, map(str, language.lengths))
     minutes = sum(r["seconds"] for r in records) / 60
-    wrong = rows_of(records, "% wrong", 1)
-    bits = [row[:5] for row in rows_of(records, "bits per byte", 3)]
     parts = [
         "Sequences answered wrong, in percent: mean over seeds (least to greatest).",
-        markdown(
-            ["task", "measured on", *ours, *(f"paper: {name}" for name in ours)], wrong
-        ),
+        markdown(["task", "measured on", *ours, *papers], task_rows(records)),
         "Bits per byte of the same bytes, after reading so many bytes.",
-        markdown(["trained on", "bytes read", *ours], bits),
+        markdown(["trained on", "positions", *lengths], language_rows(records)),
         f"{len(records)} models took {minutes:.0f} minutes of one processor to train, "
         f"{60 * minutes / len(records):.0f} s each:",
-        markdown(["experiment", "seeds", "steps", "parameters", *ours], costs(records)),
+        costs(records),
     ]
     return "\n\n".join(parts)
 
 
 def costs(records):
-    """Return rows of seeds, steps, parameters and mean seconds of training."""
-    rows = []
-    for name in EXPERIMENTS:
-        mine = [r for r in records if r["experiment"] == name]
-        if not mine:
-            continue
-        cells = []
-        for positions in POSITIONS:
-            times = [r["seconds"] for r in mine if r["positions"] == positions]
-            cells.append(f"{sum(times) / len(times):.0f} s" if times else "")
+    """Return a table of seeds, steps, parameters and mean seconds of training."""
+    columns = [["", "seeds", "steps", "parameters", *NAMES.values()]]
+    for name, mine in of_kind(records, (Synthetic, Language)):
         sizes = sorted({r["n_parameter"] for r in mine})
         sizes = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if sizes[1:] else "")
         seeds = len({r["seed"] for r in mine})
-        rows.append([TITLES[name], str(seeds), str(mine[0]["n_step"]), sizes, *cells])
-    return rows
+        column = [TITLES[name], str(seeds), str(mine[0]["n_step"]), sizes]
+        for positions in NAMES:
+            times = [r["seconds"] for r in mine if r["positions"] == positions]
+            column.append(f"{sum(times) / len(times):.0f} s" if times else "")
+        columns.append(column)
+    head, *rows = zip(*columns, strict=True)
+    return markdown(head, rows)
 
 
 def write(records, readme, picture):
@@ -142,26 +181,33 @@ def plot(records, path):
     """Draw every model as a point, experiments side by side."""
     from matplotlib.figure import Figure
 
-    names = [n for n in EXPERIMENTS if any(r["experiment"] == n for r in records)]
-    n_row = -(-len(names) // 3)
-    figure = Figure(figsize=(10, 3.1 * n_row), layout="constrained")
-    for axes, name in zip(
-        figure.subplots(n_row, 3, squeeze=False).flat, names, strict=False
-    ):
-        draw_experiment(axes, records, name)
-    for axes in figure.axes[len(names) :]:
-        axes.remove()
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    tasks, languages = (
+        [(draw, name) for name, _ in of_kind(records, kind)]
+        for kind, draw in ((Synthetic, draw_task), (Language, draw_language))
+    )
+    tasks += [None] * (len(tasks) % 2)
+    heights = [3.0] * (len(tasks) // 2) + [4.4] * -(-len(languages) // 2)
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+    panels = figure.subplots(
+        len(heights), 2, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axes, panel in itertools.zip_longest(panels.flat, tasks + languages):
+        if panel is None:
+            axes.remove()
+            continue
+        draw, name = panel
+        draw(axes, records, name)
+        axes.set_title(TITLES[name], loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
-def draw_experiment(axes, records, name):
-    """Draw one experiment: a marker for each seed, a line through the means."""
+def draw_task(axes, records, name):
+    """Draw a task: a marker for each seed, a line through the means."""
     experiment = EXPERIMENTS[name]
     keys = [k for r in records if r["experiment"] == name for k in r["measured"]]
     keys = list(dict.fromkeys(keys))
-    for shift, positions in zip((-0.12, 0, 0.12), POSITIONS, strict=True):
+    for shift, positions in zip((-0.12, 0, 0.12), experiment.positions, strict=True):
         style = STYLES[positions]
         columns = [values_of(records, name, positions, key) for key in keys]
         if not all(columns):
@@ -178,13 +224,39 @@ def draw_experiment(axes, records, name):
             markersize=6,
             label=NAMES[positions],
         )
-    if experiment.unit == "% wrong":
-        axes.set_ylim(-4, 104)
+    axes.set_ylim(-4, 104)
     labels = [key.replace(" ", "\n") for key in keys]
     labels[0] += "\n(trained)"
     axes.set_xticks(range(len(keys)), labels)
     axes.set_xlim(-0.4, len(keys) - 0.6)
     axes.set_ylabel(experiment.unit)
-    axes.set_title(TITLES[name], loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def draw_language(axes, records, name):
+    """Draw a corpus: a row for each scheme, in it a marker for each seed and length."""
+    experiment = EXPERIMENTS[name]
+    order = [p for p in POSITIONS if values_of(records, name, p, experiment.trained)]
+    keys = [str(length) for length in experiment.lengths]
+    labels = headings(experiment, keys)
+    for i, style in enumerate(LENGTH_STYLES):
+        points = [
+            (value, row + 0.22 * (i - 1))
+            for row, positions in enumerate(order)
+            for value in values_of(records, name, positions, keys[i])
+        ]
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, linestyle="none", markersize=5, label=labels[i], **style)
+    axes.set_yticks(range(len(order)), [NAMES[p] for p in order])
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.hlines(
+        [row + 0.5 for row in range(len(order) - 1)], 0, 1, "#e5e5e5", linewidth=0.8,
+        transform=axes.get_yaxis_transform(),
+    )  # fmt: skip
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"{experiment.unit} after reading so many")
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=len(labels),
+        columnspacing=0.8, handletextpad=0, frameon=False, fontsize=9,
+    )  # fmt: skip
