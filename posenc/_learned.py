@@ -306,6 +306,8 @@ def _stretch(wide, result):
         after *= weight[block]
         before += after
         result[block] = before
+    is_old = exact == low
+    result[is_old] = wide[low[is_old]]  # also beside an infinite one
     result[-1] = wide[-1]
 
 

@@ -147,7 +147,7 @@ def t5_bias(
     _check_shapes(here, weight=(weight, ("num_buckets", "H")))
     if not is_dynamo_compiling():
         check_buckets(here, bidirectional, weight.shape[0], max_distance, "weight")
-    grid = grid_of(here, q_positions, k_positions, whole=True)
+    grid = grid_of(here, {"weight": weight}, q_positions, k_positions, whole=True)
 
     def evaluate(offsets):
         offsets = offsets.to(weight.device)
@@ -227,7 +227,7 @@ def alibi_bias(
     _check_shapes(here, slopes=(slopes, ("H",)))
     if not is_dynamo_compiling():
         true_or_false(here, "symmetric", symmetric)
-    grid = grid_of(here, q_positions, k_positions)
+    grid = grid_of(here, {"slopes": slopes}, q_positions, k_positions)
     make = functools.partial(_linear, slopes, grid, symmetric)
     return finish(here, make, common_dtype(slopes), add_to, out)
 
@@ -303,7 +303,7 @@ def kerple_bias(
         one_of(here, "kernel", kernel, KERNELS)
     if undisturbed() and not (r1.is_meta or r2.is_meta):
         check_kerple(here, *(_doubles(part) for part in (r1, r2)), kernel)
-    grid = grid_of(here, q_positions, k_positions)
+    grid = grid_of(here, {"r1": r1}, q_positions, k_positions)
 
     def evaluate(offsets):
         distance = offsets.to(r1.device).abs().double()
@@ -427,7 +427,7 @@ def fire_bias(
         if undisturbed() and not number.is_meta:
             real_number(here, name, number.item())
     c, threshold = c.double().abs(), threshold.double().abs()
-    grid = grid_of(here, q_positions, k_positions)
+    grid = grid_of(here, {"mlp[0][0]": flat[0]}, q_positions, k_positions)
 
     def ratio(offsets, limit):
         offsets, limit = offsets.to(flat[0].device), limit.to(flat[0].device)
@@ -686,7 +686,7 @@ class ALiBi(torch.nn.Module):
         places = _places("ALiBi", n_query, n_key)
         dtype = float_dtype("ALiBi", dtype)
         if add_to is None:
-            grid = grid_of("ALiBi", *places)
+            grid = grid_of("ALiBi", {"slopes": self.slopes}, *places)
             return _linear(self.slopes, grid, self.symmetric, dtype)
         return alibi_bias(self.slopes, *places, symmetric=self.symmetric, add_to=add_to)
 

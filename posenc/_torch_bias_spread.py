@@ -14,7 +14,13 @@ from ._bias_spread import check_logits
 from ._check import REAL_NUMBERS, must
 from ._results import REAL_RULE
 from ._torch_bias_ops import spread
-from ._torch_check import as_tensor, check_tensor, is_whole, wrong_dtype
+from ._torch_check import (
+    as_tensor,
+    check_tensor,
+    check_together,
+    is_whole,
+    wrong_dtype,
+)
 from ._torch_register import is_dynamo_compiling, undisturbed
 
 # --- positions -----------------------------------------------------------------------
@@ -50,8 +56,11 @@ class Grid(NamedTuple):
         return Grid(self.n_query - start, self.n_key, q=q, k=k)
 
 
-def grid_of(function, q_positions, k_positions, whole=False):
-    """Return the grid of such positions, or a grid as it is; raise for others."""
+def grid_of(function, learned, q_positions, k_positions, whole=False):
+    """Return the grid of such positions, or a grid as it is; raise for others.
+
+    `learned` is the name and the tensor with whom positions are to go together.
+    """
     if isinstance(q_positions, Grid):
         return q_positions
     given = {"q_positions": q_positions, "k_positions": k_positions}
@@ -61,7 +70,11 @@ def grid_of(function, q_positions, k_positions, whole=False):
         return consecutive(
             q_positions.start, len(q_positions), k_positions.start, len(k_positions)
         )
-    q, k = (_positions(function, name, part, whole) for name, part in given.items())
+    places = {n: _positions(function, n, part, whole) for n, part in given.items()}
+    check_together(function, learned, places)
+    q, k = places.values()
+    if q.is_meta != k.is_meta:
+        q, k = q.to("meta"), k.to("meta")
     if not is_dynamo_compiling() and undisturbed() and _are_steps(q) and _are_steps(k):
         return consecutive(int(q[0]), len(q), int(k[0]), len(k))
     try:
@@ -84,7 +97,8 @@ def _positions(function, name, value, whole):
     check_tensor(function, name, value)
     if value.dim() == 0:
         raise ValueError(must(function, name, "have at least one axis", "shape ()"))
-    if not (is_whole(value) or (value.is_floating_point() and not whole)):
+    may_be_fractional = not whole or value.numel() == 0
+    if not (is_whole(value) or (value.is_floating_point() and may_be_fractional)):
         rule = "be whole numbers" if whole else REAL_NUMBERS
         raise wrong_dtype(function, name, rule, value)
     is_seen = undisturbed() and not value.is_meta
@@ -103,7 +117,7 @@ def _check_reach(function, name, least, most):
 
 
 def _are_steps(positions):
-    if positions.dim() != 1 or not len(positions):
+    if positions.dim() != 1 or not len(positions) or positions.is_meta:
         return False
     first = positions[0]
     if not torch.isfinite(first) or first != first.round():

@@ -2,8 +2,8 @@
 
 # SPDX-License-Identifier: BSD-3-Clause
 
+import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,8 +38,8 @@ def measured(request):
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random tensors in every run, whichever tests are selected."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    if importlib.util.find_spec("torch"):
+        importlib.import_module("torch").manual_seed(0)
 
 
 @pytest.fixture

@@ -326,6 +326,13 @@ def test_linear_is_rounded_once(dtype):
     reference.same_bits(got, wide.astype(dtype))
 
 
+def test_linear_keeps_old_rows_whatever_lies_beside_them():
+    table = np.array([[0.0], [np.inf], [1.0], [np.nan], [-0.0]])
+    got = posenc.extend_table(table, 9, method="linear")
+    reference.same_bits(got[::2], table)
+    reference.same_bits(posenc.extend_table(table, 5, method="linear"), table)
+
+
 def test_linear_of_several_blocks_is_that_of_each_row():
     """Rows of a wide table, and one channel of it, which fits in one block."""
     table = normal(40, 3000)

@@ -593,7 +593,6 @@ def test_dim_two_has_one_pair():
 
 ALL = ", ".join(map(repr, ROPE_TYPES))
 BAND_NUMBERS = {"low_freq_factor": 4.0, "high_freq_factor": 4.0}
-WITHOUT_LENGTH = {"rope_type": "yarn", "factor": 4.0}
 TRAINED = "scaling['original_max_position_embeddings']"
 LENGTH = "scaling['max_position_embeddings']"
 

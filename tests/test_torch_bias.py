@@ -48,7 +48,10 @@ PLACES = {
     "square": (range(9), range(9)),
     "cache": (range(20, 25), range(25)),
     "last": ([30], range(31)),
-    "shuffled": (torch.tensor([4, 1, 3]), torch.randperm(12)),
+    "shuffled": (
+        torch.tensor([4, 1, 3]),
+        torch.tensor([7, 2, 11, 0, 5, 9, 1, 10, 4, 8, 3, 6]),
+    ),
     "batches": (torch.tensor([[4, 5], [1, 2]]), torch.arange(7)),
     "nothing": (range(3), range(0)),
 }
@@ -381,10 +384,31 @@ def test_meta_tensors_give_meta_tensors():
     for family in FAMILIES:
         given, function = parameters(family)
         given = [t.detach().to("meta") for t in given]
-        for places in ((range(5), range(9)), (torch.tensor([4, 1]), torch.arange(9))):
+        some, all_keys = torch.tensor([4, 1]), torch.arange(9)
+        for places in (
+            (range(5), range(9)),
+            (some, all_keys),
+            (some.to("meta"), all_keys.to("meta")),
+            (some, all_keys.to("meta")),
+        ):
             bias = function(*given, *places)
             assert bias.is_meta
             assert bias.shape == (3, len(places[0]), 9)
+
+
+@every_family
+def test_positions_on_meta_want_learned_numbers_there(family):
+    given, function = parameters(family)
+    places = torch.arange(3, device="meta")
+    for q, k, name in ((places, places, "q"), (torch.arange(3), places, "k")):
+        with pytest.raises(TypeError, match=f"{name}_positions must be on the CPU, as"):
+            function(*given, q, k)
+
+
+@every_family
+def test_no_positions_are_whole_whatever_their_type(family):
+    given, function = parameters(family)
+    assert function(*given, [1], []).shape == (3, 1, 0)
 
 
 # --- modules -------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class Synthetic:
     settings: dict
     recipe: Recipe
     sizes: dict = field(default_factory=dict)
+    n_seed = 3
     positions = ("absolute", "rope", "cope")
     unit = "% wrong"
 
@@ -113,6 +114,8 @@ class Language:
         Of the model, as in `Shape`.
     n_judged : int
         Bytes of each window that are measured.
+    n_seed : int
+        Seeds at most, of each kind of positions.
     """
 
     corpus: str
@@ -120,6 +123,7 @@ class Language:
     recipe: Recipe
     sizes: dict = field(default_factory=dict)
     n_judged: int = 64
+    n_seed: int = 3
     n_token = 256
     positions = POSITIONS
     unit = "bits per byte"
@@ -175,6 +179,7 @@ def counting(n_variable, **recipe):
 
 
 LANGUAGE_SIZES = {"n_layer": 2, "n_head": 3, "width": 96}
+LENGTHS = (256, 512, 1024)
 
 EXPERIMENTS = {
     "flip_flop": Synthetic(
@@ -200,11 +205,10 @@ EXPERIMENTS = {
     ),
     "counting_1": counting(1, n_step=1500, n_batch=16, rate=3e-3),
     "counting_3": counting(3, n_step=1500, n_batch=16, rate=3e-3),
-    "text": Language(
-        "text", (256, 512, 1024), Recipe(300, 8, n_measured=100), LANGUAGE_SIZES
-    ),
-    "code": Language(
-        "code", (256, 512, 1024), Recipe(300, 8, n_measured=100), LANGUAGE_SIZES
+    "text": Language("text", LENGTHS, Recipe(300, 8, n_measured=100), LANGUAGE_SIZES),
+    "code": Language("code", LENGTHS, Recipe(300, 8, n_measured=100), LANGUAGE_SIZES),
+    "text_longer": Language(
+        "text", LENGTHS, Recipe(1500, 8, n_measured=100), LANGUAGE_SIZES, n_seed=1
     ),
 }
 

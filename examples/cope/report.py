@@ -27,6 +27,7 @@ TITLES = {
     "counting_3": "Counting, 3 variables",
     "text": "text",
     "code": "Python code",
+    "text_longer": "text, more steps",
 }
 # Percent wrong in Golovneva et al. 2024, at far greater sizes than ours: see README.md.
 # Their Flip-Flop has one set out of distribution, with more ignored than trained on.
