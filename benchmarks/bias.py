@@ -172,7 +172,7 @@ def _numpy_runs(function, result):
     function(out=own)
     bits_of("out given", own, result)
     return {
-        ("zeros", "NumPy's memory"): zeros.zero_,
+        ("zeros", "out given, NumPy's memory"): zeros.zero_,
         ("posenc", "out given, NumPy's memory"): lambda: function(out=own),
     }
 
